@@ -11,10 +11,15 @@ A view is written as a comma-separated list: a *base* that scales the image, the
 ``slide=STRIDE``    with ``crop=C`` (or after ``short=S``, whose S is then C): windows of C x C at this stride, the last ones
                     shifted back inside, as mmseg's slide inference places them
 ``crop=C``          side of the sliding window
-``pad=M``           pad to a multiple of M, centred (DINOv2's CenterPadding); pixels added are the encoder's mean colour
+``pad=M``           pad to a multiple of M, centred (DINOv2's CenterPadding); pixels added are the encoder's mean colour;
+                    ``pad=patch`` takes the encoder's patch
 ``flip``            mirror left-right, last of all
 ``interp=NAME``     ``bicubic`` (default) or ``bilinear``; both antialiased when shrinking
 ==================  =====================================================================================================
+
+A number followed by ``p`` counts patches: ``square=32p`` is 448 px for a patch of 14 and 512 px for one of 16, the same
+1,024 tokens. ``View.resolve(patch)`` turns a view in patches into one in pixels; two encoders' results at one view in patches
+share a protocol.
 
 Dense tasks never crop the borders away: there is no centre crop here. Sides of ``short``, ``long`` and ``native`` are
 rounded to the nearest integer, half to even. Coordinates are pixel edges: an image of width W spans 0 to W, and the centre of
@@ -23,7 +28,7 @@ pixel k is at k + 0.5.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -135,7 +140,15 @@ class Frame:
 
 @dataclass(frozen=True)
 class View:
-    """A parsed view. ``View.parse(text)`` makes one, ``str(view)`` writes it in canonical form."""
+    """A parsed view. ``View.parse(text)`` makes one, ``str(view)`` writes it in canonical form.
+
+    Attributes:
+        base: one of the bases above.
+        side, crop, stride: pixels; below zero, that many patches; 0 where not given.
+        pad: 1 for no padding, 0 for the encoder's patch.
+        flip: mirrored left-right.
+        interp: interpolation of the scaling.
+    """
 
     base: str
     side: int = 0
@@ -144,7 +157,6 @@ class View:
     pad: int = 1
     flip: bool = False
     interp: Interpolation = "bicubic"
-    text: str = field(default="", compare=False)
 
     @classmethod
     def parse(cls, text: str) -> View:
@@ -178,35 +190,47 @@ class View:
             raise _bad(text, "'crop' is the side of a sliding window and needs 'slide=STRIDE'")
         if stride and (base in ("square", "letterbox") or not crop):
             raise _bad(text, "'slide' goes with short=, long= or native, and needs a 'crop'")
-        if stride > crop:
-            raise _bad(text, f"a stride of {stride} leaves gaps between windows of {crop}")
+        if stride and (stride < 0) != (crop < 0):
+            raise _bad(text, "give 'slide' and 'crop' both in pixels or both in patches")
+        if abs(stride) > abs(crop):
+            raise _bad(text, f"a stride of {stride} leaves gaps between windows of {crop}".replace("-", ""))
         return cls(
             base=base,
             side=side,
             crop=crop,
             stride=stride,
-            pad=_number(text, "pad", words["pad"]) if "pad" in words else 1,
+            pad=0 if words.get("pad") == "patch" else _number(text, "pad", words.get("pad", "1"), patches=False),
             flip="flip" in words,
             interp="bilinear" if interp == "bilinear" else "bicubic",
-            text=str(text),
         )
 
     def __str__(self) -> str:
-        parts = [self.base if self.base == "native" else f"{self.base}={self.side}"]
+        parts = [self.base if self.base == "native" else f"{self.base}={_text(self.side)}"]
         if self.stride:
-            parts.append(f"slide={self.stride}")
+            parts.append(f"slide={_text(self.stride)}")
             if self.crop != self.side:
-                parts.append(f"crop={self.crop}")
+                parts.append(f"crop={_text(self.crop)}")
         if self.pad != 1:
-            parts.append(f"pad={self.pad}")
+            parts.append(f"pad={self.pad or 'patch'}")
         if self.flip:
             parts.append("flip")
         if self.interp != "bicubic":
             parts.append(f"interp={self.interp}")
         return ",".join(parts)
 
+    def resolve(self, patch: int) -> View:
+        """The same view in pixels for an encoder whose sides must be multiples of ``patch``."""
+        side, crop, stride = (-n * patch if n < 0 else n for n in (self.side, self.crop, self.stride))
+        return replace(self, side=side, crop=crop, stride=stride, pad=self.pad or patch)
+
     def frames(self, height: int, width: int) -> tuple[Frame, ...]:
-        """Where the view's windows lie on an image of this size; one frame unless the view slides."""
+        """Where the view's windows lie on an image of this size; one frame unless the view slides.
+
+        Raises:
+            UsageError: the view counts patches and was not resolved.
+        """
+        if min(self.side, self.crop, self.stride) < 0 or not self.pad:
+            raise UsageError(f"view '{self}' counts patches", "resolve it with the encoder's patch first")
         scaled = self._scaled(height, width)
         if self.stride:
             spans = [_windows(side, self.crop, self.stride) for side in scaled]
@@ -274,10 +298,18 @@ def _windows(side: int, crop: int, stride: int) -> list[tuple[int, int]]:
     return spans
 
 
-def _number(text: str, key: str, value: str) -> int:
-    if not value.isdecimal() or not 1 <= int(value) <= 16384:
-        raise _bad(text, f"'{key}' needs a whole number from 1 to 16384, not '{value}'")
-    return int(value)
+def _number(text: str, key: str, value: str, patches: bool = True) -> int:
+    digits = value[:-1] if patches and value.endswith("p") else value
+    if not (digits.isascii() and digits.isdecimal()) or not 1 <= int(digits) <= 16384:
+        raise _bad(
+            text,
+            f"'{key}' needs a whole number from 1 to 16384{' of pixels, or of patches like 32p' if patches else ''}, not '{value}'",
+        )
+    return int(digits) if digits == value else -int(digits)
+
+
+def _text(number: int) -> str:
+    return str(number) if number >= 0 else f"{-number}p"
 
 
 def _bad(text: str, reason: str) -> UsageError:

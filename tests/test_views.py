@@ -111,3 +111,24 @@ def test_bad_views_end_in_one_line(text):
     with pytest.raises(UsageError) as caught:
         View.parse(text)
     assert "\n" not in str(caught.value)
+
+
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_views_in_patches_resolve_to_pixels(patch, count):
+    view = View.parse(f"short={count}p,slide={max(1, count // 2)}p,pad=patch")
+    assert View.parse(str(view)) == view
+    with pytest.raises(UsageError):
+        view.frames(30, 40)
+    resolved = view.resolve(patch)
+    assert resolved == View.parse(f"short={count * patch},slide={max(1, count // 2) * patch},pad={patch}")
+    for frame in resolved.frames(30, 40):
+        assert frame.size[0] % patch == 0
+        assert frame.size[1] % patch == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["short=3p,slide=14", "pad=patch", "square=0p", "square=p", "square=-3", "square=9,pad=2p"]
+)
+def test_bad_views_in_patches_end_in_one_line(text):
+    with pytest.raises(UsageError):
+        View.parse(text)
