@@ -1,0 +1,231 @@
+"""``scenes``: the embedded benchmark. Composed images with exact truth of every kind, made in memory from a seed.
+
+Cut-outs of fifteen classes and signs with text, on photos; the sprites, backgrounds, fonts and words of ``val`` never occur in
+``train``, and colours are drawn at random, so that they do not give a class away. See ``docs/scenes.md``.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from rice_eval.datasets import scenes_rle
+from rice_eval.datasets.base import (
+    Correspondences,
+    Dataset,
+    DatasetOptions,
+    Instances,
+    Question,
+    TextLine,
+    check_options,
+    files_fingerprint,
+)
+from rice_eval.datasets.scenes_layout import GENERATOR
+from rice_eval.datasets.scenes_pack import SPLITS, pack
+from rice_eval.datasets.scenes_questions import questions
+from rice_eval.datasets.scenes_render import Scene, matches, render
+from rice_eval.errors import UsageError
+
+__all__ = ["MAX_SIZE", "MIN_SIZE", "Scenes", "ScenesOptions", "classes", "factory", "fingerprint", "palette", "things"]
+
+MIN_SIZE, MAX_SIZE = 64, 1024
+"""Sides in pixels that can be rendered: below, text is lost; above, sprites of 128 px are enlarged beyond use."""
+
+_CACHE_BYTES = 128 << 20  # some 600 renderings of 224 px
+
+
+class _Cache:
+    """The latest renderings of this process, within a number of bytes; safe between threads."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._held = limit, 0
+        self._scenes: OrderedDict[tuple[int, str, int, int], Scene] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, seed: int, split: str, index: int, size: int) -> Scene:
+        key = (seed, split, index, size)
+        with self._lock:
+            if key in self._scenes:
+                self._scenes.move_to_end(key)
+                return self._scenes[key]
+        scene = render(seed, split, index, size)
+        with self._lock:
+            if key not in self._scenes:
+                self._scenes[key] = scene
+                self._held += scene.image.nbytes + scene.owner.nbytes
+            while self._held > self._limit:
+                _, old = self._scenes.popitem(last=False)
+                self._held -= old.image.nbytes + old.owner.nbytes
+        return scene
+
+
+_cache = _Cache(_CACHE_BYTES)
+
+
+def things() -> tuple[str, ...]:
+    """Names of the instance classes: the fifteen kinds of things, then ``sign``."""
+    return (*pack().classes, "sign")
+
+
+def classes() -> tuple[str, ...]:
+    """Names of the semantic classes: ``background`` (evaluated like the others), then ``things()``."""
+    return ("background", *things())
+
+
+def palette() -> tuple[tuple[int, int, int], ...]:
+    """RGB a semantic class: a dark grey, hues around the wheel in two brightnesses, white for signs."""
+    count = len(pack().classes)
+    wheel = [colorsys.hsv_to_rgb(k / count, 0.75, 0.95 if k % 2 else 0.7) for k in range(count)]
+    colours = [(round(r * 255), round(g * 255), round(b * 255)) for r, g, b in wheel]
+    return ((40, 40, 40), *colours, (255, 255, 255))
+
+
+def fingerprint(split: str, n: int, size: int, seed: int, generator: int, assets: str) -> str:
+    """sha256 over all that decides the images and annotations of a split."""
+    facts = {"dataset": "scenes", "generator": generator, "assets": assets, "seed": seed}
+    return files_fingerprint([], {**facts, "split": split, "n": n, "size": size})
+
+
+def check_numbers(split: str, n: int, size: int, seed: int) -> None:
+    """UsageError unless the numbers describe scenes that can be made."""
+    if split not in SPLITS:
+        raise UsageError(f"dataset 'scenes' has no split '{split}'", f"its splits: {', '.join(SPLITS)}")
+    if not 1 <= n <= 1_000_000:
+        raise UsageError(f"dataset 'scenes': {n} scenes of split '{split}'", "ask for 1 to 1000000")
+    if not MIN_SIZE <= size <= MAX_SIZE:
+        raise UsageError(f"dataset 'scenes': size {size}", f"give {MIN_SIZE} to {MAX_SIZE} pixels a side")
+    if not 0 <= seed < 1 << 32:
+        raise UsageError(f"dataset 'scenes': seed {seed}", "give 0 to 4294967295")
+
+
+class Scenes(Dataset):
+    """One split, rendered on demand; scene ``i`` depends on (seed, split, i) alone, never on ``n``.
+
+    Args:
+        split: ``train`` or ``val``.
+        n: number of scenes.
+        size: side of the images in pixels, ``MIN_SIZE`` to ``MAX_SIZE``. The layout is the same at every size.
+        seed: which set of scenes.
+
+    Raises:
+        UsageError: a split that does not exist, or a number out of range.
+    """
+
+    name = "scenes"
+    provides = frozenset({"semantic", "instances", "text", "depth", "points", "questions"})
+
+    def __init__(self, split: str, n: int, size: int = 224, seed: int = 0) -> None:
+        check_numbers(split, n, size, seed)
+        self.split, self.n, self.side, self.seed = split, n, size, seed
+        self.classes, self.things, self.palette = classes(), things(), palette()
+
+    def __len__(self) -> int:
+        return self.n
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the generator's version, the assets' bytes, split, number, size and seed."""
+        return fingerprint(self.split, self.n, self.side, self.seed, GENERATOR, pack().fingerprint)
+
+    def scene(self, index: int) -> Scene:
+        """The rendering with its whole truth."""
+        if not 0 <= index < self.n:
+            raise IndexError(f"scene {index} of {self.n}")
+        return _cache.get(self.seed, self.split, index, self.side)
+
+    def other(self, index: int) -> Scene:
+        """The other rendering (view b) of the same objects."""
+        return render(self.seed, self.split, index, self.side, view=1)
+
+    def image_id(self, index: int) -> str:
+        """The index in six digits, as ``data make`` names the files."""
+        return f"{index:06d}"
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width, both the set's side."""
+        return self.side, self.side
+
+    def image(self, index: int) -> NDArray[np.uint8]:
+        """``(S, S, 3)`` uint8 RGB."""
+        return self.scene(index).image.copy()
+
+    def semantic(self, index: int) -> NDArray[np.int64]:
+        """``(S, S)`` int64: 0 the background, then the classes of ``things`` plus one. No pixel is ignored."""
+        return self.scene(index).labels()
+
+    def instances(self, index: int) -> Instances:
+        """Things and signs with at least one visible pixel, from the farthest to the nearest; boxes and masks show what is visible."""
+        scene = self.scene(index)
+        masks = tuple(
+            {"size": list(scene.owner.shape), "counts": scenes_rle.encode(scene.owner == thing.owner)}
+            for thing in scene.objects
+        )
+        return Instances(
+            boxes=np.array([thing.box for thing in scene.objects], np.float64).reshape(-1, 4),
+            labels=np.array([thing.label for thing in scene.objects], np.int64),
+            masks=masks,
+            crowd=np.zeros(len(scene.objects), bool),
+            area=np.array([thing.area for thing in scene.objects], np.float64),
+            ids=np.array([annotation_id(index, thing.owner) for thing in scene.objects], np.int64),
+            names=tuple(thing.name for thing in scene.objects),
+        )
+
+    def text(self, index: int) -> tuple[TextLine, ...]:
+        """The words on signs; ``ignore`` where something covers a part of them."""
+        return tuple(
+            TextLine(thing.polygon, thing.text, ignore=not thing.legible)
+            for thing in self.scene(index).objects
+            if thing.text is not None and thing.polygon is not None
+        )
+
+    def depth(self, index: int) -> NDArray[np.float32]:
+        """``(S, S)`` distances: 1 to 3 for objects (twice as far is half as large), 4 for the background."""
+        return self.scene(index).depth()
+
+    def points(self, index: int) -> Correspondences:
+        """View b, and points of objects that are visible in both views, exact to 1/64 of a pixel."""
+        there = self.other(index)
+        here, other, _ = matches(self.scene(index), there, self.seed, self.split, index)
+        return Correspondences(there.image, here, other)
+
+    def questions(self, index: int) -> tuple[Question, ...]:
+        """At most one question a kind: presence, counting, colour, position, reading, box."""
+        return questions(self.scene(index), self.seed, self.split, index)
+
+
+def annotation_id(index: int, owner: int) -> int:
+    """The COCO annotation id of object ``owner`` (from 1) of scene ``index``: unique in a split, never 0."""
+    return index * 16 + owner
+
+
+class ScenesOptions(DatasetOptions):
+    """Options of the reader.
+
+    Without a data folder, those not given are 300 train and 150 val scenes of 224 px, seed 0. With one, ``size`` and
+    ``seed`` must be the folder's where they are given, and ``n_train``, ``n_val`` take that many scenes from its start.
+    """
+
+    size: int | None = Field(None, ge=MIN_SIZE, le=MAX_SIZE)
+    seed: int | None = Field(None, ge=0, lt=1 << 32)
+    n_train: int | None = Field(None, ge=1)
+    n_val: int | None = Field(None, ge=1)
+
+
+def factory(split: str, data: Path | None, options: Mapping[str, Any]) -> Dataset:
+    """The registry's entry: scenes from memory, or from a folder that ``rice-eval data make scenes`` wrote."""
+    given = check_options("scenes", ScenesOptions, options)
+    n = given.n_train if split == "train" else given.n_val
+    if data is not None:
+        from rice_eval.datasets.scenes_folder import ScenesFolder
+
+        return ScenesFolder(data, split, n=n, size=given.size, seed=given.seed)
+    default = 300 if split == "train" else 150
+    return Scenes(split, n or default, 224 if given.size is None else given.size, given.seed or 0)
