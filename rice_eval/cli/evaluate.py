@@ -1,0 +1,311 @@
+"""Commands that evaluate: ``demo``, ``segmentation``, ``run``, ``plan``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rice_eval.errors import UsageError
+
+if TYPE_CHECKING:
+    from rice_eval.run import Result
+
+__all__ = ["register"]
+
+Encoders = Annotated[
+    list[str], typer.Option("--encoder", "-e", help="Encoder: NAME, NAME@WEIGHTS, or ADAPTER:REFERENCE. Repeatable.")
+]
+Weights = Annotated[
+    Path | None, typer.Option("--weights", help="Checkpoint that replaces the source of the one --encoder given.")
+]
+Data = Annotated[
+    list[str] | None, typer.Option("--data", help="Folder (or zip) of the data; DATASET=DIR where tasks need several.")
+]
+Protocols = Annotated[
+    list[str] | None, typer.Option("--protocol", "-p", help="Protocol id; the task's own by default. Repeatable.")
+]
+ViewOption = Annotated[str | None, typer.Option("--view", help="View instead of the task's, e.g. square=448.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="FIELD=VALUE of the protocol; part of its hash. Repeatable.")
+]
+Results = Annotated[Path, typer.Option("--results", help="Folder that records go to.")]
+BankRoot = Annotated[
+    Path | None, typer.Option("--bank", help="Folder of the bank of tokens; your cache folder by default.")
+]
+NoStore = Annotated[bool, typer.Option("--no-store", help="Keep no tokens: protocols ride on the pass.")]
+Device = Annotated[str, typer.Option("--device", help="Torch device: cpu, cuda, cuda:1 …")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images a forward.")]
+Workers = Annotated[int | None, typer.Option("--workers", min=0, help="Decoding workers; chosen by itself by default.")]
+Autocast = Annotated[str | None, typer.Option("--autocast", help="bf16 or fp16 forward; the weights' own by default.")]
+BadImage = Annotated[
+    str, typer.Option("--on-bad-image", help="stop at an unreadable image, or skip it, count it and list it.")
+]
+Include = Annotated[list[Path] | None, typer.Option("--include", help="Folder with more cards or code. Repeatable.")]
+LimitTrain = Annotated[int | None, typer.Option("--limit-train", min=1, help="Use only this many training images.")]
+LimitTest = Annotated[int | None, typer.Option("--limit-test", min=1, help="Use only this many test images.")]
+Predictions = Annotated[
+    Path | None, typer.Option("--save-predictions", help="Folder for every test image's prediction, as PNG.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let code shipped with a checkpoint run on this machine.")
+]
+Page = Annotated[bool, typer.Option("--report/--no-report", help="Write leaderboards and the HTML page when done.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands to ``app``."""
+    app.command("demo")(demo)
+    app.command("segmentation")(segmentation)
+    app.command("run")(run)
+    app.command("plan")(plan)
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for records, leaderboard and page.")] = Path(
+        "rice-eval-demo"
+    ),
+    bank: BankRoot = None,
+    n_train: Annotated[int | None, typer.Option("--n-train", min=20, help="Training scenes; the task's own.")] = None,
+    n_val: Annotated[int | None, typer.Option("--n-val", min=10, help="Test scenes; the task's own.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate five real encoders on the embedded scenes: no GPU, no hub, no dataset, a few minutes."""
+    from rice_eval.demo import run_demo
+
+    results, files = run_demo(out, bank=bank or out / "bank", n_train=n_train, n_val=n_val)
+    _show(results, as_json)
+    if not as_json:
+        for label, path in files.items():
+            typer.echo(f"{label}: {path}")
+
+
+def segmentation(
+    encoder: Encoders,
+    dataset: Annotated[str, typer.Option("--dataset", "-d", help="Dataset, see rice-eval list datasets.")] = "scenes",
+    data: Data = None,
+    classes: Annotated[
+        str | None, typer.Option("--classes", help="Class set, where the dataset has several (e.g. super).")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", help="NAME=VALUE for the dataset's reader. Repeatable.")
+    ] = None,
+    protocol: Protocols = None,
+    view: ViewOption = None,
+    setting: Settings = None,
+    weights: Weights = None,
+    results: Results = Path("results"),
+    bank: BankRoot = None,
+    no_store: NoStore = False,
+    device: Device = "cpu",
+    batch_size: BatchSize = 16,
+    workers: Workers = None,
+    autocast: Autocast = None,
+    on_bad_image: BadImage = "stop",
+    limit_train: LimitTrain = None,
+    limit_test: LimitTest = None,
+    save_predictions: Predictions = None,
+    include: Include = None,
+    trust_remote_code: Trust = False,
+    report: Page = True,
+    as_json: AsJson = False,
+) -> None:
+    """Semantic segmentation from frozen tokens."""
+    options: dict[str, Any] = _pairs("--option", option)
+    if classes is not None:
+        options["classes"] = classes
+    _evaluate(
+        encoder,
+        weights,
+        results,
+        as_json,
+        report,
+        dataset=dataset,
+        kind="segmentation",
+        options=options,
+        data=_data(data),
+        protocols=protocol or (),
+        view=view,
+        settings=_pairs("--set", setting),
+        include=include or (),
+        limit_train=limit_train,
+        limit_test=limit_test,
+        bank=bank,
+        store=not no_store,
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        autocast=autocast,
+        on_bad_image=on_bad_image,
+        predictions=save_predictions,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def run(
+    encoder: Encoders,
+    task: Annotated[list[str], typer.Option("--task", "-t", help="Task, see rice-eval list tasks. Repeatable.")],
+    data: Data = None,
+    protocol: Protocols = None,
+    view: ViewOption = None,
+    setting: Settings = None,
+    weights: Weights = None,
+    results: Results = Path("results"),
+    bank: BankRoot = None,
+    no_store: NoStore = False,
+    device: Device = "cpu",
+    batch_size: BatchSize = 16,
+    workers: Workers = None,
+    autocast: Autocast = None,
+    on_bad_image: BadImage = "stop",
+    limit_train: LimitTrain = None,
+    limit_test: LimitTest = None,
+    save_predictions: Predictions = None,
+    include: Include = None,
+    trust_remote_code: Trust = False,
+    report: Page = True,
+    as_json: AsJson = False,
+) -> None:
+    """A matrix: every encoder on every task, each image through each encoder once."""
+    _evaluate(
+        encoder,
+        weights,
+        results,
+        as_json,
+        report,
+        tasks=task,
+        data=_data(data),
+        protocols=protocol or (),
+        view=view,
+        settings=_pairs("--set", setting),
+        include=include or (),
+        limit_train=limit_train,
+        limit_test=limit_test,
+        bank=bank,
+        store=not no_store,
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        autocast=autocast,
+        on_bad_image=on_bad_image,
+        predictions=save_predictions,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def _evaluate(
+    encoders: list[str], weights: Path | None, results: Path, as_json: bool, report: bool, **arguments: Any
+) -> None:
+    from rice_eval.publish import publish
+    from rice_eval.run import evaluate
+
+    if weights is not None and len(encoders) != 1:
+        raise UsageError("--weights goes with exactly one --encoder", "for several write --encoder NAME@WEIGHTS")
+    done = evaluate(
+        encoders, results=results, weights={encoders[0]: weights} if weights is not None else None, **arguments
+    )
+    _show(done, as_json)
+    if report:
+        files = publish(results)
+        if not as_json:
+            for label, path in files.items():
+                typer.echo(f"{label}: {path}")
+
+
+def plan(
+    encoder: Encoders,
+    task: Annotated[list[str], typer.Option("--task", "-t", help="Task. Repeatable.")],
+    data: Data = None,
+    protocol: Protocols = None,
+    view: ViewOption = None,
+    setting: Settings = None,
+    bank: BankRoot = None,
+    include: Include = None,
+    limit_train: LimitTrain = None,
+    limit_test: LimitTest = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a run would do: passes, images, bytes, what is already in the bank. Does no work."""
+    from rice_eval.preview import preview
+
+    rows = preview(
+        encoder,
+        task,
+        data=_data(data),
+        protocols=protocol or (),
+        view=view,
+        settings=_pairs("--set", setting),
+        bank=bank,
+        include=include or (),
+        limit_train=limit_train,
+        limit_test=limit_test,
+    )
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    from rice_eval.cli.tables import print_table
+
+    print_table(rows)
+
+
+def _pairs(flag: str, items: list[str] | None) -> dict[str, Any]:
+    out = {}
+    for item in items or []:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise UsageError(f"{flag} '{item}' is not NAME=VALUE", f"write it like {flag} seed=1")
+        out[name] = value
+    return out
+
+
+def _data(items: list[str] | None) -> Path | dict[str, Path] | None:
+    """One folder for all, or a mapping from dataset to folder."""
+    if not items:
+        return None
+    # A bare path may contain '='; a mapping's left side never looks like a path.
+    named = [item for item in items if "=" in item and "/" not in item.partition("=")[0] and not Path(item).exists()]
+    if not named and len(items) == 1:
+        return Path(items[0])
+    if len(named) != len(items):
+        raise UsageError("--data is given several times without names", "write --data DATASET=DIR for each")
+    return {item.partition("=")[0]: Path(item.partition("=")[2]) for item in items}
+
+
+def _show(results: list[Result], as_json: bool) -> None:
+    if as_json:
+        for result in results:
+            line = {
+                "encoder": result.record.encoder.name,
+                "task": result.record.task.name,
+                "protocol": result.record.protocol.id,
+                "metric": result.record.metric,
+                "metrics": {name: m.model_dump() for name, m in result.record.metrics.items()},
+                "key": result.record.comparability_key,
+                "record": str(result.path),
+            }
+            typer.echo(json.dumps(line, sort_keys=True))
+        return
+    from rice_eval.cli.tables import print_table
+
+    by_key: dict[str, list[Result]] = {}
+    for result in results:
+        by_key.setdefault(result.record.comparability_key, []).append(result)
+    for group in by_key.values():
+        first = group[0].record
+        best_first = first.metrics[first.metric].higher_is_better
+        group.sort(key=lambda r: r.record.metrics[r.record.metric].value, reverse=best_first)
+        rows = []
+        for r in group:
+            record = r.record
+            row: dict[str, Any] = {"encoder": record.encoder.name}
+            for name, m in record.metrics.items():
+                interval = f" [{m.low:.1f}, {m.high:.1f}]" if m.low is not None and m.high is not None else ""
+                row[name] = f"{m.value:.2f}" + interval
+            row["layers"] = ",".join(map(str, record.layers))
+            row["seconds"] = f"{record.seconds['total']:.1f}"
+            row["forwards"] = record.cost.forwards
+            rows.append(row)
+        print_table(rows, title=f"{first.task.name} · {first.protocol.id} · {first.view}")

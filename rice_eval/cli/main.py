@@ -1,0 +1,83 @@
+"""The command line. Thin: every command parses, calls the library and prints; torch is imported only when it works."""
+
+from __future__ import annotations
+
+import errno
+import sys
+
+import click
+import typer
+
+from rice_eval import __version__
+from rice_eval.cli import bank, catalogue, data, encoders, evaluate, report, results
+from rice_eval.errors import RiceEvalError, one_line
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="rice-eval",
+    help="The evaluation harness for dense vision encoders: one pass over the images, one strict record, one gate.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"rice-eval {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+evaluate.register(app)
+catalogue.register(app)
+results.register(app)
+report.register(app)
+app.add_typer(encoders.app, name="encoders", help="Look into checkpoints and convert them.")
+app.add_typer(bank.app, name="bank", help="The bank of tokens: list, verify, prune.")
+app.add_typer(data.app, name="data", help="Make and check datasets.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and exit: 0 done, 1 a gate failed, 2 something the user can mend, 130 interrupted."""
+    try:
+        code = app(args=argv, standalone_mode=False)
+    except RiceEvalError as error:
+        _say(str(error))
+        code = 2
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context is not None else "rice-eval"
+        _say(f"{one_line(error.format_message())}; see {path} --help")
+        code = 2
+    except (click.Abort, KeyboardInterrupt):
+        _say("interrupted; run the same command again to go on from the bank")
+        code = 130
+    except BrokenPipeError:
+        # The reader of a pipe (head, less) closed it: that is not an error.
+        sys.stderr.close()
+        code = 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        fix = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the permissions"
+        _say(f"{one_line(error.strerror or str(error))}{where}; {fix} and run the same command again")
+        code = 2
+    sys.exit(int(code or 0))
+
+
+def _say(text: str) -> None:
+    print(f"error: {text}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Plain tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["print_table"]
+
+
+def print_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> None:
+    """Print rows as an aligned table; the columns are the keys of the first row. Text is never read as markup."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(soft_wrap=False)
+    if not rows:
+        console.print("nothing to show")
+        return
+    table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in rows[0]:
+        numeric = all(_is_number(row.get(name)) for row in rows)
+        table.add_column(Text(str(name)), justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text("" if row.get(name) is None else str(row.get(name))) for name in rows[0]))
+    if not console.is_terminal:
+        # A pipe or a file has no width: never fold there.
+        console = Console(width=max(console.width, 400), soft_wrap=True)
+    console.print(table)
+
+
+def _is_number(value: Any) -> bool:
+    head = str(value).split(" ")[0].rstrip("%s").replace(",", "")
+    return value is None or head.lstrip("-").replace(".", "", 1).isdigit()

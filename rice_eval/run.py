@@ -1,0 +1,412 @@
+"""Run a plan: load each encoder once, share every pass among the jobs that can, write one record a job."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rice_eval.adapters import load_encoder
+from rice_eval.adapters.base import Encoder, EncoderFacts, facts_as_dict
+from rice_eval.bank.extract import Source, open_source
+from rice_eval.bank.store import Bank, default_bank_root
+from rice_eval.cards import TaskCard, catalogue
+from rice_eval.environment import describe, peak_memory_mb
+from rice_eval.errors import PlanError, UsageError
+from rice_eval.metrics.statistics import METRICS, MetricInfo
+from rice_eval.plan import EncoderRef, Job, Plan, TaskRef, make_plan, parse_encoder, task_for_dataset
+from rice_eval.progress import Reporter, progress
+from rice_eval.protocols.base import Context, Outcome
+from rice_eval.results.bootstrap import intervals
+from rice_eval.results.record import (
+    BankFacts,
+    Cost,
+    EncoderEntry,
+    Environment,
+    HeadScore,
+    Metric,
+    ProtocolEntry,
+    Record,
+    TaskEntry,
+)
+from rice_eval.results.store import ResultStore
+from rice_eval.views import View
+
+if TYPE_CHECKING:
+    from rice_eval.datasets.base import Dataset
+
+__all__ = ["Result", "RunOptions", "evaluate", "execute"]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run, none of which changes what a number means.
+
+    Attributes:
+        results: folder that records go to.
+        bank: folder of the bank; None for the user's cache folder.
+        device: torch device of encoder and heads.
+        batch_size: images a forward.
+        workers: decoding workers; None lets the pass choose.
+        autocast: dtype of the forward under autocast (``bf16``, ``fp16``), or None for the weights' own.
+        store: whether tokens are kept in the bank.
+        on_bad_image: ``stop`` or ``skip``.
+        panels: test images drawn for the report.
+        predictions: folder for every test image's raw prediction, or None.
+        resamples: bootstrap resamples of the intervals.
+        trust_remote_code: let code shipped with a checkpoint run.
+    """
+
+    results: Path
+    bank: Path | None = None
+    device: str = "cpu"
+    batch_size: int = 16
+    workers: int | None = None
+    autocast: str | None = None
+    store: bool = True
+    on_bad_image: str = "stop"
+    panels: int = 8
+    predictions: Path | None = None
+    resamples: int = 2000
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """A record and where it was written."""
+
+    record: Record
+    path: Path
+
+
+@dataclass
+class _Loaded:
+    """An encoder in memory and the sources opened on it."""
+
+    encoder: Encoder
+    seconds: float
+    sources: dict[tuple[str, str, bool, str], Source]
+
+
+def evaluate(
+    encoders: Sequence[str],
+    tasks: Sequence[str] = (),
+    *,
+    dataset: str | None = None,
+    kind: str = "segmentation",
+    data: str | Path | Mapping[str, str | Path] | None = None,
+    options: Mapping[str, Any] | None = None,
+    protocols: Sequence[str] = (),
+    view: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    weights: Mapping[str, str | Path] | None = None,
+    results: str | Path = "results",
+    include: Sequence[str | Path] = (),
+    limit_train: int | None = None,
+    limit_test: int | None = None,
+    show_progress: bool | None = None,
+    **run_options: Any,
+) -> list[Result]:
+    """Evaluate encoders on tasks and write a record each.
+
+    Args:
+        encoders: registry names (``NAME`` or ``NAME@WEIGHTS``).
+        tasks: task names (``segmentation/scenes``); or give ``dataset`` and ``kind``.
+        dataset: a dataset's name, with ``options`` for its reader.
+        kind: kind of task that ``dataset`` is used for.
+        data: folder (or zip) of the data; a mapping from dataset name to folder where tasks need several.
+        options: options of the dataset's reader.
+        protocols: protocol ids; the task's own where empty.
+        view: replaces the task's view.
+        settings: fields of the protocols.
+        weights: encoder name -> checkpoint that replaces the card's source.
+        results: folder that records go to.
+        include: folders with more cards.
+        limit_train, limit_test: keep only this many images, spread evenly; the fingerprint changes with it.
+        show_progress: bars; by default only on a terminal.
+        **run_options: fields of ``RunOptions``.
+
+    Returns:
+        one result a job, in the order of the plan.
+
+    Raises:
+        RiceEvalError: anything a user can mend, in one line.
+    """
+    folders = tuple(Path(p) for p in include)
+    cards = catalogue(folders)
+    if bool(tasks) == (dataset is not None):
+        raise UsageError("give either tasks or one dataset", "e.g. tasks=['segmentation/scenes'] or dataset='scenes'")
+    chosen = (
+        [cards.task(name) for name in tasks]
+        if dataset is None
+        else [task_for_dataset(cards, kind, dataset, options or {})]
+    )
+    refs = [TaskRef(card, _data_of(card, data), limit_train, limit_test) for card in chosen]
+    checkpoints = {name: Path(path) for name, path in (weights or {}).items()}
+    unknown = set(checkpoints) - set(encoders)
+    if unknown:
+        raise UsageError(
+            f"weights are given for '{sorted(unknown)[0]}', which is not among the encoders", "check the name"
+        )
+    plan = make_plan(
+        [parse_encoder(name, checkpoints.get(name)) for name in encoders],
+        refs,
+        protocol_ids=protocols,
+        view=view,
+        settings=settings,
+        include=folders,
+    )
+    try:
+        how = RunOptions(results=Path(results), **run_options)
+    except TypeError as error:
+        raise UsageError(f"evaluate: {error}", "see rice_eval.run.RunOptions for what a run takes") from error
+    with progress(show_progress) as report:
+        return execute(plan, how, report)
+
+
+def _data_of(card: TaskCard, data: str | Path | Mapping[str, str | Path] | None) -> Path | None:
+    if isinstance(data, Mapping):
+        found = data.get(card.name, data.get(card.dataset))
+        return Path(found) if found is not None else None
+    return Path(data) if data is not None else None
+
+
+def execute(
+    plan: Plan, options: RunOptions, report: Reporter, done: Callable[[Result], None] | None = None
+) -> list[Result]:
+    """Run every job of a plan.
+
+    A job whose error a user can mend ends the run; records written before it stay.
+
+    Args:
+        plan: from ``make_plan``.
+        options: how to run.
+        report: progress bars.
+        done: called with each result as it is written.
+    """
+    store = ResultStore(options.results)
+    bank = Bank(options.bank or default_bank_root()) if options.store else None
+    out = []
+    for ref, group in groupby(plan.jobs, key=lambda job: job.encoder):
+        jobs = list(group)
+        loaded = _load(ref, plan, options)
+        for job in jobs:
+            _check_loaded(job, loaded.encoder, plan)
+        _open_sources(loaded, jobs, plan, bank, options, report)
+        for job in jobs:
+            result = _run_job(job, plan, loaded, store, options, report)
+            out.append(result)
+            if done is not None:
+                done(result)
+    return out
+
+
+def _load(ref: EncoderRef, plan: Plan, options: RunOptions) -> _Loaded:
+    start = time.perf_counter()
+    encoder = load_encoder(
+        ref.name,
+        weights=ref.weights,
+        device=options.device,
+        include=plan.include,
+        trust_remote_code=options.trust_remote_code,
+    )
+    return _Loaded(encoder, time.perf_counter() - start, {})
+
+
+def _check_loaded(job: Job, encoder: Encoder, plan: Plan) -> None:
+    """What only a loaded encoder can tell: abilities, and the sides of every frame of every image size."""
+    lacking = job.protocol.abilities - set(encoder.facts.abilities)
+    if lacking:
+        raise PlanError(
+            f"protocol '{job.protocol.id}' needs {', '.join(sorted(lacking))} of encoder '{encoder.name}', which has not",
+            "choose another encoder or protocol",
+        )
+    job.protocol.layers(encoder.facts)
+
+
+def _open_sources(
+    loaded: _Loaded, jobs: Sequence[Job], plan: Plan, bank: Bank | None, options: RunOptions, report: Reporter
+) -> None:
+    """One source for each (dataset, view, norm, dtype), at the union of the layers that the jobs read."""
+    wanted: dict[tuple[str, str, bool, str], tuple[Dataset, set[int]]] = {}
+    for job in jobs:
+        layers = loaded.encoder.resolve_layers(job.protocol.layers(loaded.encoder.facts))
+        for split, views in job.protocol.views().items():
+            dataset = plan.dataset(job.task, split)
+            for view in views:
+                key = _source_key(dataset, view, loaded.encoder, job)
+                wanted.setdefault(key, (dataset, set()))[1].update(layers)
+    for key, (dataset, layers) in wanted.items():
+        _, view, norm, dtype = key
+        loaded.sources[key] = open_source(
+            lambda: loaded.encoder,
+            loaded.encoder.facts,
+            dataset,
+            view,
+            tuple(sorted(layers)),
+            norm,
+            dtype,
+            bank,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            device=options.device,
+            autocast=options.autocast,
+            on_bad_image=options.on_bad_image,
+            store=options.store,
+            progress=report,
+        )
+
+
+def _source_key(dataset: Dataset, view: str, encoder: Encoder, job: Job) -> tuple[str, str, bool, str]:
+    resolved = View.parse(view).resolve(encoder.multiple)
+    return dataset.fingerprint, str(resolved), job.protocol.norm, job.protocol.tokens
+
+
+def _run_job(
+    job: Job, plan: Plan, loaded: _Loaded, store: ResultStore, options: RunOptions, report: Reporter
+) -> Result:
+    train, test = plan.dataset(job.task, "train"), plan.dataset(job.task, "test")
+    used: list[Source] = []
+
+    def tokens(split: str, view: str) -> Source:
+        dataset = {"train": train, "test": test}[split]
+        source = loaded.sources[_source_key(dataset, view, loaded.encoder, job)]
+        if source not in used:
+            used.append(source)
+        return source
+
+    before = {id(s): (s.forwards, s.seconds) for s in loaded.sources.values()}
+    start = time.perf_counter()
+    context = Context(
+        facts=loaded.encoder.facts,
+        encoder=lambda: loaded.encoder,
+        train=train,
+        test=test,
+        tokens=tokens,
+        device=torch.device(options.device),
+        progress=report,
+        panels=options.panels,
+        keep_predictions=options.predictions is not None,
+    )
+    outcome = job.protocol.run(context)
+    ran = time.perf_counter() - start
+    passes = sum(s.seconds - before[id(s)][1] for s in used)
+    forwards = sum(s.forwards - before[id(s)][0] for s in used)
+    start = time.perf_counter()
+    bounds = intervals(outcome.statistics, resamples=options.resamples, seed=job.protocol.seed)
+    seconds = {
+        "load": loaded.seconds,
+        "pass": passes,
+        **outcome.seconds,
+        "bootstrap": time.perf_counter() - start,
+        "total": loaded.seconds + ran + time.perf_counter() - start,
+    }
+    record = _record(job, loaded.encoder.facts, (train, test), outcome, bounds, used, options)
+    record = record.model_copy(
+        update={
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            "cost": _cost(loaded.encoder, used, forwards, passes),
+        }
+    )
+    path = store.save(record, outcome.statistics)
+    return Result(store.load(path), path)
+
+
+def _cost(encoder: Encoder, sources: Sequence[Source], forwards: int, seconds: float) -> Cost:
+    size = sources[-1].frame_size if sources else (encoder.facts.resolution, encoder.facts.resolution)
+    tokens = sources[-1].tokens_per_image if sources else 0.0
+    return Cost(
+        params=encoder.facts.params,
+        flops=encoder.flops(*size),
+        tokens_per_image=tokens,
+        images_per_second=round(forwards / seconds, 3) if forwards and seconds > 0 else None,
+        forwards=forwards,
+    )
+
+
+def _record(
+    job: Job,
+    facts: EncoderFacts,
+    splits: tuple[Dataset, Dataset],
+    outcome: Outcome,
+    bounds: Mapping[str, tuple[float, float]],
+    sources: Sequence[Source],
+    options: RunOptions,
+) -> Record:
+    train, test = splits
+    card = job.task.card
+    stored = [s for s in sources if s.key is not None]
+    notes = [note for s in sources for note in s.notes]
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return Record(
+        created=now.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        encoder=EncoderEntry(
+            **facts_as_dict(facts), weights=job.encoder.weights.name if job.encoder.weights is not None else None
+        ),
+        task=TaskEntry(
+            name=card.name,
+            kind=card.kind,
+            dataset=card.dataset,
+            options=dict(card.options),
+            train_split=train.split,
+            test_split=test.split,
+            train_fingerprint=train.fingerprint,
+            test_fingerprint=test.fingerprint,
+            n_train=len(train),
+            n_test=len(test),
+            classes=tuple(test.classes or test.things),
+            license=card.license,
+        ),
+        protocol=ProtocolEntry(id=job.protocol.id, hash=job.protocol.hash, settings=job.protocol.settings()),
+        metric=job.protocol.metric,
+        metrics=_metrics(outcome, bounds),
+        per_class=_per_class(outcome),
+        view=str(View.parse(job.protocol.view).resolve(facts.patch)),
+        layers=outcome.layers,
+        norm=job.protocol.norm,
+        seeds=(job.protocol.seed,),
+        chosen=outcome.chosen,
+        heads=tuple(HeadScore(settings=h.settings, score=h.score) for h in outcome.heads),
+        cost=Cost(params=facts.params, flops=None, tokens_per_image=0.0, images_per_second=None, forwards=0),
+        bank=BankFacts(
+            dtype=job.protocol.tokens, bytes=sum(s.bytes for s in stored), keys=tuple(str(s.key) for s in stored)
+        )
+        if stored
+        else None,
+        seconds={},
+        peak_memory_mb=peak_memory_mb(),
+        environment=Environment.model_validate(describe(options.device, torch.get_num_threads())),
+        statistics=None,
+        skipped=tuple(sorted({name for s in sources for name in s.skipped})),
+        warnings=tuple(dict.fromkeys([*notes, *outcome.warnings])),
+    )
+
+
+def _metrics(outcome: Outcome, bounds: Mapping[str, tuple[float, float]]) -> dict[str, Metric]:
+    out = {}
+    for name, value in outcome.statistics.point().items():
+        if value != value:
+            continue  # nothing to divide by: the metric does not exist on this set
+        info = METRICS.get(name, MetricInfo(name))
+        low, high = bounds.get(name, (None, None))
+        out[name] = Metric(
+            value=value,
+            low=low if low is not None and low == low else None,
+            high=high if high is not None and high == high else None,
+            unit=info.unit,
+            higher_is_better=info.higher_is_better,
+        )
+    return out
+
+
+def _per_class(outcome: Outcome) -> dict[str, dict[str, float | None]]:
+    return {
+        metric: {name: (value if value == value else None) for name, value in values.items()}
+        for metric, values in outcome.statistics.per_class().items()
+    }
