@@ -7,8 +7,10 @@ folders, in every ``--include DIR`` (``DIR/encoders``, ``DIR/tasks``), and in pa
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
+import sys
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rice_eval.errors import CardError, NotFoundError
+from rice_eval.errors import CardError, NotFoundError, RiceEvalError
 from rice_eval.registry import did_you_mean
 
 __all__ = [
@@ -204,6 +206,32 @@ def _entry_point_roots() -> list[Path]:
     return roots
 
 
+def _run_modules(root: Path) -> None:
+    """Import ``root/*.py`` so that they can register adapters, datasets and protocols.
+
+    Raises:
+        CardError: a module that fails, with its own message.
+    """
+    for path in sorted(root.glob("*.py")):
+        name = f"rice_eval_include_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+        if name in sys.modules:
+            continue
+        spec = importlib.util.spec_from_file_location(name, path)
+        if spec is None or spec.loader is None:
+            raise CardError(f"{path}: can't be imported", "rename it to NAME.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except RiceEvalError:
+            raise
+        except Exception as error:
+            del sys.modules[name]
+            raise CardError(
+                f"{path}: {type(error).__name__}: {error}", "mend the module, or leave --include out"
+            ) from error
+
+
 @lru_cache(maxsize=8)
 def catalogue(include: tuple[Path, ...] = ()) -> Catalogue:
     """All cards: built in, from entry points, and from the folders in ``include``.
@@ -212,9 +240,12 @@ def catalogue(include: tuple[Path, ...] = ()) -> Catalogue:
         CardError: a card that can't be read, or a folder that holds none.
     """
     for root in include:
+        if not root.is_dir():
+            raise CardError(f"--include {root}: no such folder", "check the path")
         if not (root / "encoders").is_dir() and not (root / "tasks").is_dir() and not any(root.glob("*.py")):
             raise CardError(
                 f"--include {root}: holds no encoders/ or tasks/ folder and no *.py module",
                 "point it at a folder of cards",
             )
+        _run_modules(root)
     return Catalogue((data_root(), *_entry_point_roots(), *include))
