@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import sys
 
-import click
 import typer
 
 from rice_eval import __version__
@@ -53,12 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     except RiceEvalError as error:
         _say(str(error))
         code = 2
-    except click.ClickException as error:
-        context = getattr(error, "ctx", None)
-        path = context.command_path if context is not None else "rice-eval"
-        _say(f"{one_line(error.format_message())}; see {path} --help")
-        code = 2
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         _say("interrupted; run the same command again to go on from the bank")
         code = 130
     except BrokenPipeError:
@@ -71,6 +65,15 @@ def main(argv: list[str] | None = None) -> int:
         where = f" ({error.filename})" if error.filename else ""
         fix = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the permissions"
         _say(f"{one_line(error.strerror or str(error))}{where}; {fix} and run the same command again")
+        code = 2
+    except Exception as error:
+        # Typer's usage errors: their class moved from click into typer, so they are known by what they can do.
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context is not None else "rice-eval"
+        _say(f"{one_line(message()).rstrip('.')}; see {path} --help")
         code = 2
     sys.exit(int(code or 0))
 
