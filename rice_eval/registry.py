@@ -136,5 +136,6 @@ protocols: Registry[object] = Registry(
     {
         "linear": "rice_eval.protocols.linear:Linear",
         "gram-lda": "rice_eval.protocols.gram:GramLDA",
+        "gram-ridge": "rice_eval.protocols.gram:GramRidge",
     },
 )

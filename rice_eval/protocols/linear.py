@@ -1,0 +1,226 @@
+"""Protocol ``linear``: linear heads on banked tokens by token cross-entropy, swept over layers, rates and decays in one go."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rice_eval.adapters.base import EncoderFacts
+from rice_eval.bank.source import TokenReader
+from rice_eval.datasets.base import Annotation
+from rice_eval.errors import DataError
+from rice_eval.metrics.iou import scores
+from rice_eval.probes.linear import HeadGroup, Moments, warmup_cosine
+from rice_eval.probes.targets import SparseTargets, TargetStore, token_areas
+from rice_eval.protocols.base import Context, Head, Outcome, Protocol
+from rice_eval.protocols.segmentation import (
+    LAYER_SETS,
+    HeadTest,
+    LayerSet,
+    Scorer,
+    TrainPass,
+    check_choice,
+    held_out,
+    joined,
+    layers_of,
+)
+
+__all__ = ["Linear"]
+
+
+@dataclass(frozen=True)
+class Linear(Protocol):
+    """A linear probe on banked tokens.
+
+    Every head standardises features by the training set's mean and variance (what a batch norm's running statistics converge
+    to when features are frozen), then maps them linearly to logits. Heads of all layers, rates and decays train on the
+    same batches by token cross-entropy; the one with the best mIoU on held-out training images, measured with
+    nearest-neighbour upsampling, is trained again on all of them; the test split is read once, logits upsampled
+    bilinearly to the original image.
+
+    Attributes:
+        layer_set: ``last``, ``last4``, ``quarters`` or ``all``; each layer gets heads of its own.
+        lrs, wds: the sweep: AdamW's learning rates and weight decays.
+        betas: AdamW's.
+        steps: optimiser steps.
+        batch: images a step.
+        tokens_per_image: tokens drawn at random of each image and step; all where it has fewer.
+        warmup: share of the steps with a rising rate; then half a cosine to 0.
+        norm_eps: added to variances.
+        holdout: share of the training images held out for the choice.
+        seed: of the split, the order of images and the tokens drawn.
+    """
+
+    id: ClassVar[str] = "linear"
+    kind: ClassVar[str] = "segmentation"
+    needs: ClassVar[frozenset[Annotation]] = frozenset({"semantic"})
+    metric: ClassVar[str] = "miou"
+
+    layer_set: LayerSet = "last"
+    lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    wds: tuple[float, ...] = (1e-3, 1e-1)
+    betas: tuple[float, ...] = (0.9, 0.999)
+    steps: int = 300
+    batch: int = 16
+    tokens_per_image: int = 128
+    warmup: float = 0.1
+    norm_eps: float = 1e-6
+    holdout: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_choice("layer_set", self.layer_set, LAYER_SETS)
+        if not self.lrs or not self.wds or len(self.betas) != 2:
+            raise ValueError("lrs and wds need at least one value each, betas exactly two")
+        if min(self.steps, self.batch, self.tokens_per_image) < 1:
+            raise ValueError("steps, batch and tokens_per_image are at least 1")
+        if not 0 <= self.warmup < 1 or not 0 < self.holdout < 1:
+            raise ValueError("warmup is in [0, 1) and holdout in (0, 1)")
+
+    def layers(self, facts: EncoderFacts) -> tuple[int, ...]:
+        """The layers of ``layer_set``."""
+        return layers_of(self.layer_set, facts)
+
+    def run(self, context: Context) -> Outcome:
+        """See ``Protocol.run``."""
+        layers = self.layers(context.facts)
+        grid = tuple((layer, lr, wd) for layer in layers for lr in self.lrs for wd in self.wds)
+        source = context.tokens("train", self.view)
+        indices = source.indices
+        held: tuple[int, ...] = ()
+        fit = tuple(indices)
+        if len(grid) > 1:
+            fit, held = held_out(indices, self.holdout, self.seed)
+        train = _TrainPass(layers, context.facts, held, context.progress("labels", len(indices)))
+        source.consume(train)
+        if not train.labelled:
+            raise DataError(f"dataset '{context.train.name}': no training image has a labelled pixel")
+        start = time.perf_counter()
+        reader = source.reader()
+        fitter = _Fitter(self, train.stores, reader, len(context.train.classes), context.device)
+        heads: tuple[Head, ...] = ()
+        best = 0
+        if len(grid) > 1:
+            moments = train.fit_moments
+            groups = {layer: fitter.group(moments[layer], self._pairs()) for layer in layers}
+            fitter.train(groups, fit, context.progress("sweep", self.steps))
+            found = fitter.score(groups, held)
+            marks = [float(m) for layer in layers for m in found[layer]]
+            heads = tuple(Head(_named(*g), m) for g, m in zip(grid, marks))
+            best = int(np.argmax(np.nan_to_num(np.array(marks), nan=-1.0)))
+        layer, lr, wd = grid[best]
+        moment = train.fit_moments[layer] + train.held_moments[layer] if held else train.fit_moments[layer]
+        group = fitter.group(moment, ((lr, wd),))
+        fitter.train({layer: group}, indices, context.progress("refit", self.steps))
+        fitted = time.perf_counter()
+        test = context.tokens("test", self.view)
+        scorer = Scorer(context.test, test.indices, context.panels, context.keep_predictions)
+        consumer = HeadTest(group.export(0), layer, scorer, context.progress("predict", len(test.indices)))
+        test.consume(consumer)
+        return Outcome(
+            statistics=scorer.statistics(),
+            chosen=_named(layer, lr, wd),
+            layers=(layer,),
+            heads=heads or (Head(_named(layer, lr, wd), None),),
+            seconds={"targets": train.seconds, "fit": fitted - start, "predict": consumer.seconds},
+            panels=tuple(scorer.panels),
+            warnings=scorer.warnings(),
+            predictions=scorer.predictions,
+        )
+
+    def _pairs(self) -> tuple[tuple[float, float], ...]:
+        return tuple((lr, wd) for lr in self.lrs for wd in self.wds)
+
+
+def _named(layer: int, lr: float, wd: float) -> dict[str, float | int]:
+    return {"layer": layer, "lr": lr, "wd": wd}
+
+
+class _TrainPass(TrainPass):
+    """Feature moments of both parts of the split."""
+
+    def __init__(
+        self, layers: Sequence[int], facts: EncoderFacts, held: Sequence[int], advance: Callable[[int], None]
+    ) -> None:
+        super().__init__(layers, facts, advance)
+        self.fit_moments = {layer: Moments(facts.widths[layer - 1]) for layer in layers}
+        self.held_moments = {layer: Moments(facts.widths[layer - 1]) for layer in layers}
+        self._held = frozenset(held)
+
+    def take(self, index: int, layer: int, patches: Tensor, targets: SparseTargets) -> None:
+        """See ``TrainPass.take``."""
+        (self.held_moments if index in self._held else self.fit_moments)[layer].add(patches)
+
+
+@dataclass(frozen=True)
+class _Fitter:
+    """Trains groups of heads, one a layer, on the same images."""
+
+    protocol: Linear
+    stores: Mapping[int, TargetStore]
+    reader: TokenReader
+    classes: int
+    device: torch.device
+
+    def group(self, moments: Moments, pairs: Sequence[tuple[float, float]]) -> HeadGroup:
+        """A group of heads, one a pair of rate and decay."""
+        one, two = self.protocol.betas
+        rates, decays = tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
+        return HeadGroup(moments, self.classes, rates, decays, (one, two), self.protocol.norm_eps, self.device)
+
+    def _order(self, indices: Sequence[int]) -> Iterator[int]:
+        epoch = 0
+        while True:
+            shuffle = np.random.default_rng((self.protocol.seed, epoch)).permutation(len(indices))
+            yield from (indices[k] for k in shuffle)
+            epoch += 1
+
+    def train(self, groups: Mapping[int, HeadGroup], indices: Sequence[int], advance: Callable[[int], None]) -> None:
+        """Train every group for ``steps`` steps on ``indices``."""
+        p = self.protocol
+        order = self._order(indices)
+        warmup = round(p.warmup * p.steps)
+        for step in range(p.steps):
+            factor = warmup_cosine(step, p.steps, warmup)
+            rng = np.random.default_rng((p.seed, step, 1))
+            for layer, (tokens, counts) in self._batch(
+                [next(order) for _ in range(p.batch)], tuple(groups), rng
+            ).items():
+                groups[layer].step(tokens, counts, factor)
+            advance(1)
+
+    def _batch(
+        self, images: Sequence[int], layers: Sequence[int], rng: np.random.Generator
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """layer -> ``(T, D)`` tokens and ``(T, C)`` histograms; layers that share targets get the same tokens."""
+        parts: dict[int, tuple[list[Tensor], list[Tensor]]] = {layer: ([], []) for layer in layers}
+        for index in images:
+            image = self.reader[index]
+            drawn: dict[int, tuple[Tensor, Tensor]] = {}
+            for layer in layers:
+                store = self.stores[layer]
+                if id(store) not in drawn:
+                    targets = store[index]
+                    count = min(self.protocol.tokens_per_image, targets.size)
+                    pick = torch.from_numpy(np.sort(rng.choice(targets.size, count, replace=False)))
+                    drawn[id(store)] = pick, targets.dense(self.classes)[pick]
+                pick, counts = drawn[id(store)]
+                parts[layer][0].append(joined(image.patches[layer])[pick])
+                parts[layer][1].append(counts)
+        return {layer: (torch.cat(tokens), torch.cat(counts)) for layer, (tokens, counts) in parts.items()}
+
+    def score(self, groups: Mapping[int, HeadGroup], held: Sequence[int]) -> dict[int, Tensor]:
+        """layer -> ``(H,)`` mIoU on the held-out images with nearest-neighbour upsampling, in percent."""
+        areas = {layer: torch.zeros(g.heads, 3, self.classes, dtype=torch.float64) for layer, g in groups.items()}
+        for index in held:
+            image = self.reader[index]
+            for layer, group in groups.items():
+                counts = self.stores[layer][index].dense(self.classes).to(self.device)
+                predicted = group.logits(joined(image.patches[layer])).argmax(dim=-1)
+                areas[layer] += token_areas(predicted, counts).cpu()
+        return {layer: torch.from_numpy(scores(a.numpy())["miou"]) for layer, a in areas.items()}

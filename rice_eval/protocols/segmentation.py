@@ -1,0 +1,306 @@
+"""What every segmentation protocol shares: layers, labels, windows back to the image, scoring."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from rice_eval.adapters.base import EncoderFacts
+from rice_eval.bank.source import ImageTokens
+from rice_eval.datasets.base import IGNORE, Dataset
+from rice_eval.errors import DataError, PlanError
+from rice_eval.metrics.iou import IoUStatistics, areas_of, confusion
+from rice_eval.probes.linear import LinearMap
+from rice_eval.probes.targets import SparseTargets, TargetStore, concatenate, token_histograms
+from rice_eval.protocols.base import Panel
+from rice_eval.views import Frame
+
+__all__ = [
+    "LAYER_SETS",
+    "FrameLabels",
+    "HeadTest",
+    "ImageLabels",
+    "LayerSet",
+    "Scorer",
+    "TrainPass",
+    "check_choice",
+    "checked_labels",
+    "held_out",
+    "joined",
+    "label_map",
+    "layers_of",
+    "predict",
+    "scaled_logits",
+]
+
+LayerSet = Literal["last", "last4", "quarters", "all"]
+LAYER_SETS: tuple[LayerSet, ...] = ("last", "last4", "quarters", "all")
+Labels = NDArray[np.int64]
+
+
+def check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    """ValueError (a usage error by ``configure``) unless ``value`` is one of ``known``."""
+    if value not in known:
+        raise ValueError(f"{name} '{value}' is not one of {', '.join(known)}")
+
+
+def layers_of(layer_set: LayerSet, facts: EncoderFacts) -> tuple[int, ...]:
+    """Layers by name: the last, the last four, those at a quarter, half, three quarters and the end, or all. From 1, ascending."""
+    depth = facts.layers
+    if layer_set == "last":
+        return (depth,)
+    if layer_set == "last4":
+        return tuple(range(max(1, depth - 3), depth + 1))
+    if layer_set == "quarters":
+        return tuple(sorted({max(1, round(depth * k / 4)) for k in (1, 2, 3, 4)}))
+    return tuple(range(1, depth + 1))
+
+
+def held_out(indices: Sequence[int], share: float, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Split images into those fitted on and those held out, by a seeded shuffle; at least one of each.
+
+    Raises:
+        PlanError: fewer than two images.
+    """
+    if len(indices) < 2:
+        raise PlanError(
+            f"choosing hyper-parameters needs at least 2 training images, this split has {len(indices)}",
+            "give one value of each hyper-parameter, or a larger training split",
+        )
+    order = np.random.default_rng(seed).permutation(len(indices))
+    count = min(max(1, round(share * len(indices))), len(indices) - 1)
+    out = sorted(indices[k] for k in order[:count])
+    return tuple(sorted(indices[k] for k in order[count:])), tuple(out)
+
+
+def checked_labels(dataset: Dataset, index: int) -> Labels:
+    """``dataset.semantic(index)``, its size and range checked.
+
+    Raises:
+        DataError: labels of another size than the image, or outside the classes.
+    """
+    labels = np.asarray(dataset.semantic(index))
+    where = f"dataset '{dataset.name}', split '{dataset.split}', image '{dataset.image_id(index)}'"
+    if labels.shape != tuple(dataset.size(index)):
+        raise DataError(f"{where}: mask {labels.shape} and image {tuple(dataset.size(index))} differ in size")
+    valid = labels[labels != IGNORE]
+    if valid.size and (valid.min() < 0 or valid.max() >= len(dataset.classes)):
+        bad = int(valid.max()) if valid.max() >= len(dataset.classes) else int(valid.min())
+        raise DataError(f"{where}: label {bad} in the mask, the classes are 0 to {len(dataset.classes) - 1}")
+    return labels
+
+
+def label_map(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Upsample logits bilinearly (corners not aligned, as mmseg) and take the best class of each pixel.
+
+    Classes are upsampled one by one against the running best, so memory stays at a few label maps whatever C is; the result
+    is that of upsampling all and ``argmax`` (ties go to the lower class).
+
+    Args:
+        logits: ``(C, h, w)``.
+        size: ``(H, W)``.
+
+    Returns:
+        ``(H, W)`` int16 classes.
+    """
+
+    def grown(channel: Tensor) -> Tensor:
+        if tuple(channel.shape) == tuple(size):
+            return channel
+        return F.interpolate(channel[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+
+    best = grown(logits[0]).clone()
+    labels = torch.zeros(size, dtype=torch.int16, device=logits.device)
+    for c in range(1, logits.shape[0]):
+        rival = grown(logits[c])
+        better = rival > best
+        labels.masked_fill_(better, c)
+        best = torch.where(better, rival, best)
+    return labels
+
+
+def scaled_logits(logits: Sequence[Tensor], frames: Sequence[Frame], align_corners: bool = False) -> Tensor:
+    """Logits of a view's windows to logits of the scaled image, as mmseg's slide inference: upsample, cut padding off, average.
+
+    Args:
+        logits: F tensors ``(C, gh, gw)``.
+        frames: the F windows.
+        align_corners: of the upsampling.
+
+    Returns:
+        ``(C, h, w)`` of the scaled image, not mirrored.
+    """
+    height, width = frames[0].scaled
+    total = logits[0].new_zeros(logits[0].shape[0], height, width)
+    count = logits[0].new_zeros(height, width)
+    for part, frame in zip(logits, frames):
+        grown = F.interpolate(part[None], size=frame.size, mode="bilinear", align_corners=align_corners)[0]
+        if frame.flip:
+            grown = grown.flip(-1)
+        top, left, bottom, right = frame.window
+        y, x = top - frame.top, left - frame.left
+        total[:, top:bottom, left:right] += grown[:, y : y + bottom - top, x : x + right - left]
+        count[top:bottom, left:right] += 1
+    return total / count
+
+
+def predict(logits: Sequence[Tensor], frames: Sequence[Frame]) -> NDArray[np.int16]:
+    """``(H, W)`` classes of the original image from the logits ``(C, gh, gw)`` of its windows.
+
+    A single window without padding is upsampled straight to the image; otherwise windows are first put together at the scale
+    the encoder saw.
+    """
+    frame = frames[0]
+    whole = (0, 0, frame.size[1], frame.size[0])
+    if len(frames) == 1 and frame.content == whole and frame.scaled == frame.size:
+        single = logits[0].flip(-1) if frame.flip else logits[0]
+        labels = label_map(single, frame.image_size)
+    else:
+        labels = label_map(scaled_logits(logits, frames), frame.image_size)
+    out: NDArray[np.int16] = labels.cpu().numpy()
+    return out
+
+
+class FrameLabels:
+    """A consumer's ``annotate`` for training: labels of every frame, int16, ``IGNORE`` in the padding."""
+
+    def annotate(self, dataset: Dataset, index: int, frames: tuple[Frame, ...]) -> tuple[NDArray[np.int16], ...]:
+        """F arrays ``(h, w)``."""
+        labels = checked_labels(dataset, index)
+        return tuple(frame.mask(labels, IGNORE).astype(np.int16) for frame in frames)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A decoding worker annotates and nothing else: sums and open files stay in the main process.
+        return {}
+
+
+class TrainPass(FrameLabels):
+    """Rides on the training pass: label histograms to temporary files, and whatever ``take`` adds up.
+
+    Args:
+        layers: layers read.
+        facts: of the encoder.
+        advance: called with 1 after each image.
+    """
+
+    def __init__(self, layers: Sequence[int], facts: EncoderFacts, advance: Callable[[int], None]) -> None:
+        strides = {layer: facts.strides[layer - 1] for layer in layers}
+        # Layers of one stride share a grid, so they share targets.
+        by_stride = {stride: TargetStore() for stride in set(strides.values())}
+        self.stores = {layer: by_stride[strides[layer]] for layer in layers}
+        self._advance = advance
+        self.labelled = False
+        self.seconds = 0.0
+
+    def consume(self, tokens: ImageTokens) -> None:
+        """Take in one image."""
+        start = time.perf_counter()
+        made: dict[int, SparseTargets] = {}
+        for layer, store in self.stores.items():
+            if id(store) not in made:
+                frames = zip(tokens.target, tokens.grids[layer])
+                made[id(store)] = concatenate([token_histograms(mask, grid, IGNORE) for mask, grid in frames])
+                store.add(tokens.index, made[id(store)])
+                self.labelled = self.labelled or bool(len(made[id(store)].tokens))
+            self.take(tokens.index, layer, joined(tokens.patches[layer]), made[id(store)])
+        self.seconds += time.perf_counter() - start
+        self._advance(1)
+
+    def take(self, index: int, layer: int, patches: Tensor, targets: SparseTargets) -> None:
+        """One layer of one image: ``(N, D)`` tokens of all frames and their histograms."""
+        raise NotImplementedError
+
+
+def joined(frames: Sequence[Tensor]) -> Tensor:
+    """F tensors ``(N_f, D)`` as one ``(N, D)``."""
+    return frames[0] if len(frames) == 1 else torch.cat(list(frames))
+
+
+class ImageLabels:
+    """A consumer's ``annotate`` for testing: labels of the original image, int16."""
+
+    def annotate(self, dataset: Dataset, index: int, frames: tuple[Frame, ...]) -> NDArray[np.int16]:
+        """``(H, W)``."""
+        return checked_labels(dataset, index).astype(np.int16)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class HeadTest(ImageLabels):
+    """Reads the test split once, riding on its pass: logits of one layer's head, back to the image, scored.
+
+    Args:
+        head: ``(N, D)`` tokens -> ``(N, C)`` logits.
+        layer: the layer it reads.
+        scorer: where the areas go.
+        advance: called with 1 after each image.
+    """
+
+    def __init__(self, head: LinearMap, layer: int, scorer: Scorer, advance: Callable[[int], None]) -> None:
+        self._head, self._layer, self._scorer, self._advance = head, layer, scorer, advance
+        self.seconds = 0.0
+
+    def consume(self, tokens: ImageTokens) -> None:
+        """Predict and score one image."""
+        start = time.perf_counter()
+        logits = []
+        for patches, (h, w) in zip(tokens.patches[self._layer], tokens.grids[self._layer]):
+            logits.append(self._head(patches).T.reshape(-1, h, w))
+        self._scorer.add(tokens.index, tokens.target, predict(logits, tokens.frames))
+        self.seconds += time.perf_counter() - start
+        self._advance(1)
+
+
+class Scorer:
+    """Collects areas image by image, and what the report draws.
+
+    Args:
+        dataset: the test split.
+        indices: its images that count, in order.
+        panels: how many images to keep for the report, evenly spread.
+        keep: whether every prediction is kept.
+    """
+
+    def __init__(self, dataset: Dataset, indices: Sequence[int], panels: int, keep: bool) -> None:
+        self._dataset = dataset
+        self._classes = len(dataset.classes)
+        spread = np.linspace(0, len(indices) - 1, min(panels, len(indices))).round().astype(int)
+        self._shown = {indices[k] for k in spread}
+        self._matrix = np.zeros((self._classes, self._classes), dtype=np.int64)
+        self._areas: list[NDArray[np.int64]] = []
+        self._ids: list[str] = []
+        self.panels: list[Panel] = []
+        self.predictions: dict[str, Any] | None = {} if keep else None
+
+    def add(self, index: int, truth: NDArray[Any], prediction: NDArray[np.int16]) -> None:
+        """Score one image: ``(H, W)`` labels against ``(H, W)`` classes."""
+        matrix = confusion(prediction, truth, self._classes, IGNORE)
+        self._matrix += matrix
+        self._areas.append(areas_of(matrix))
+        name = self._dataset.image_id(index)
+        self._ids.append(name)
+        if index in self._shown:
+            self.panels.append(Panel(name, index, truth, prediction))
+        if self.predictions is not None:
+            self.predictions[name] = prediction
+
+    def statistics(self) -> IoUStatistics:
+        """The statistics of all images so far."""
+        areas = np.stack(self._areas) if self._areas else np.zeros((0, 3, self._classes), dtype=np.int64)
+        return IoUStatistics(self._ids, areas, self._dataset.classes, self._matrix)
+
+    def warnings(self) -> tuple[str, ...]:
+        """Classes that no test image has, in one line."""
+        absent = [n for n, row in zip(self._dataset.classes, self._matrix.sum(axis=1)) if not row]
+        if not absent:
+            return ()
+        shown = ", ".join(absent[:5]) + (", …" if len(absent) > 5 else "")
+        return (f"{len(absent)} of {self._classes} classes do not occur in the test split: {shown}",)
