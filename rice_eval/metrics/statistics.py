@@ -6,6 +6,9 @@ matrix products wherever the metric is a ratio of sums.
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -92,14 +95,44 @@ class Statistics(ABC):
     def from_arrays(cls, arrays: Mapping[str, NDArray[np.generic]]) -> Statistics:
         """Build from what ``arrays`` gave."""
 
+    def concat(self, other: Statistics) -> Statistics:
+        """This set's N images followed by those of ``other``: what a permutation test mixes.
+
+        Raises:
+            NotImplementedError: this kind does not offer it; paired tests then rest on the bootstrap alone.
+            ValueError: the two sets don't measure the same thing.
+        """
+        raise NotImplementedError(f"statistics of kind '{self.kind}' can't be joined")
+
     def point(self) -> dict[str, float]:
         """Each metric over the whole set."""
         return {name: float(v[0]) for name, v in self.values(np.ones((1, len(self)))).items()}
 
 
 def statistics_from_arrays(kind: str, arrays: Mapping[str, NDArray[np.generic]]) -> Statistics:
-    """The statistics of ``kind`` from their arrays. Raises KeyError for a kind nobody registered."""
+    """The statistics of ``kind`` from their arrays.
+
+    A kind defined elsewhere is found by importing ``rice_eval.metrics.<kind>`` or the entry point ``kind`` of the group
+    ``rice_eval.statistics`` (its value names the module that defines the class).
+
+    Raises:
+        KeyError: a kind nobody defines.
+    """
+    if kind not in _KINDS:
+        _import_kind(kind)
+    if kind not in _KINDS:
+        raise KeyError(f"no statistics of kind '{kind}'")
     return _KINDS[kind].from_arrays(arrays)
+
+
+def _import_kind(kind: str) -> None:
+    for entry in importlib.metadata.entry_points(group="rice_eval.statistics"):
+        if entry.name == kind:
+            importlib.import_module(entry.value)
+            return
+    name = f"rice_eval.metrics.{kind}"
+    if kind.isidentifier() and importlib.util.find_spec(name) is not None:
+        importlib.import_module(name)
 
 
 class RatioStatistics(Statistics):
@@ -133,6 +166,17 @@ class RatioStatistics(Statistics):
     def per_class(self) -> dict[str, dict[str, float]]:
         """No classes."""
         return {}
+
+    def concat(self, other: Statistics) -> RatioStatistics:
+        """See ``Statistics.concat``."""
+        if not isinstance(other, RatioStatistics) or other.metrics != self.metrics:
+            raise ValueError("the two sets have different metrics")
+        return RatioStatistics(
+            self.image_ids + other.image_ids,
+            np.concatenate([self.numerators, other.numerators]),
+            np.concatenate([self.denominators, other.denominators]),
+            self.metrics,
+        )
 
     def arrays(self) -> dict[str, NDArray[np.generic]]:
         """See ``Statistics.arrays``."""

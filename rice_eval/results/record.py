@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -18,19 +19,24 @@ __all__ = [
     "EncoderEntry",
     "Environment",
     "HeadScore",
+    "IntervalEntry",
     "Metric",
     "ProtocolEntry",
     "Record",
     "StatisticsFile",
     "TaskEntry",
     "canonical_json",
+    "differences",
+    "field_digests",
+    "seal",
+    "settings_hash",
 ]
 
 SCHEMA_VERSION = 1
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, ser_json_inf_nan="constants")
 
 
 class EncoderEntry(_Strict):
@@ -73,15 +79,31 @@ class TaskEntry(_Strict):
 
 
 class ProtocolEntry(_Strict):
-    """The protocol: its id, its hash, and every field that went into the hash."""
+    """The protocol: its id, its hash, and everything that went into the hash."""
 
     id: str
     hash: str
     settings: dict[str, Any]
+    version: int = Field(1, ge=1, description="version of the protocol's code")
+
+    @property
+    def comparable_hash(self) -> str:
+        """The hash without the seed: runs that differ in their seed alone measure the same thing."""
+        return settings_hash(self.id, self.version, {k: v for k, v in self.settings.items() if k != "seed"})
+
+
+class IntervalEntry(_Strict):
+    """How the intervals of ``metrics`` were made."""
+
+    kind: str = Field(description="name of the method, e.g. bca")
+    level: float = Field(0.95, gt=0, lt=1)
+    resamples: int = Field(gt=0)
+    seed: int = 0
+    groups: int | None = Field(None, description="clusters resampled as wholes; None where images were resampled")
 
 
 class Metric(_Strict):
-    """One number with its 95 % interval over test images."""
+    """One number with its interval over test images; how it was made stands in ``Record.interval``."""
 
     value: float
     low: float | None = None
@@ -146,6 +168,7 @@ class Record(_Strict):
     protocol: ProtocolEntry
     metric: str = Field(description="headline metric: a key of `metrics`")
     metrics: dict[str, Metric]
+    interval: IntervalEntry | None = Field(None, description="how low and high of `metrics` were made")
     per_class: dict[str, dict[str, float | None]]
     view: str
     layers: tuple[int, ...]
@@ -161,7 +184,22 @@ class Record(_Strict):
     statistics: StatisticsFile | None
     skipped: tuple[str, ...] = Field((), description="images left out by --on-bad-image=skip")
     warnings: tuple[str, ...] = ()
+    digests: dict[str, str] = Field(
+        default_factory=dict,
+        description="field -> first 12 digits of the sha256 of its canonical JSON; names an edited field",
+    )
     sha256: str = Field("", description="of the canonical JSON of every other field")
+
+    @model_validator(mode="after")
+    def _headline(self) -> Record:
+        if self.metric not in self.metrics:
+            raise ValueError(f"metric '{self.metric}' is not among metrics: {', '.join(sorted(self.metrics))}")
+        return self
+
+    @property
+    def headline(self) -> Metric:
+        """The metric that ranks: ``metrics[metric]``."""
+        return self.metrics[self.metric]
 
     @property
     def comparability_key(self) -> str:
@@ -177,17 +215,62 @@ class Record(_Strict):
             "test split": self.task.test_split,
             "metric": self.metric,
             "protocol": self.protocol.id,
-            "protocol hash": self.protocol.hash,
+            "protocol hash": self.protocol.comparable_hash,
             "images skipped": ",".join(self.skipped),
         }
 
-    def content_sha256(self) -> str:
-        """What ``sha256`` must be."""
-        return hashlib.sha256(canonical_json(self.model_dump(mode="json", exclude={"sha256"})).encode()).hexdigest()
+    @property
+    def identity(self) -> str:
+        """16 hexadecimal digits that say what was run: comparability key, encoder, its weights and the seeds."""
+        facts = [self.comparability_key, self.encoder.name, self.encoder.sha256, self.protocol.hash, list(self.seeds)]
+        return hashlib.sha256(canonical_json(facts).encode()).hexdigest()[:16]
 
     def sealed(self) -> Record:
-        """The same record with its hash filled in."""
-        return self.model_copy(update={"sha256": self.content_sha256()})
+        """The same record with its digests and hash filled in."""
+        return self.model_copy(update=dict(zip(("digests", "sha256"), seal(self.model_dump(mode="json")))))
+
+
+def seal(content: Mapping[str, Any]) -> tuple[dict[str, str], str]:
+    """``digests`` and ``sha256`` of a record given as plain JSON values; old ones in ``content`` are left out."""
+    digests = field_digests(content)
+    body = {k: v for k, v in content.items() if k not in ("sha256", "digests")} | {"digests": digests}
+    return digests, hashlib.sha256(canonical_json(body).encode()).hexdigest()
+
+
+def field_digests(content: Mapping[str, Any]) -> dict[str, str]:
+    """A short digest a top-level field, one a metric under ``metrics``."""
+    parts: dict[str, Any] = {k: v for k, v in content.items() if k not in ("sha256", "digests", "metrics")}
+    parts |= {f"metrics.{name}": value for name, value in dict(content.get("metrics", {})).items()}
+    return {k: hashlib.sha256(canonical_json(v).encode()).hexdigest()[:12] for k, v in parts.items()}
+
+
+def settings_hash(id: str, version: int, settings: Mapping[str, Any]) -> str:
+    """The hash of a protocol from what its record says: 16 hexadecimal digits, the rule of ``Protocol.hash``."""
+    facts = {"id": id, "version": version, **settings}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(a: Record, b: Record) -> list[str]:
+    """Why two records can't be compared: one line a field of the comparability key that differs; empty if they can."""
+    lines = []
+    theirs = b.comparability()
+    for name, mine in a.comparability().items():
+        if mine == theirs[name]:
+            continue
+        if name == "protocol hash" and a.protocol.id == b.protocol.id:
+            lines += _settings_differences(a.protocol, b.protocol)
+        else:
+            lines.append(f"{name}: {mine or 'none'} against {theirs[name] or 'none'}")
+    return lines
+
+
+def _settings_differences(a: ProtocolEntry, b: ProtocolEntry) -> list[str]:
+    lines = [] if a.version == b.version else [f"protocol version: {a.version} against {b.version}"]
+    for key in sorted({*a.settings, *b.settings} - {"seed"}):
+        mine, theirs = a.settings.get(key), b.settings.get(key)
+        if mine != theirs:
+            lines.append(f"protocol setting '{key}': {mine!r} against {theirs!r}")
+    return lines
 
 
 def canonical_json(value: Any) -> str:

@@ -1,0 +1,339 @@
+"""The store: a folder of records and of the per-image statistics beside them.
+
+``<root>/records/<task>/<encoder>/<protocol>-<hash8>-<identity8>.json`` and, next to each, ``….<sha8>.npz``. A record is in
+the store when its JSON is there: statistics are written first, under a name of their content, so that a process killed at
+any point leaves the earlier record as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from rice_eval.cards import first_problem
+from rice_eval.errors import RecordError
+from rice_eval.metrics.statistics import Statistics, statistics_from_arrays
+from rice_eval.results.arrays import pack, unpack
+from rice_eval.results.record import (
+    SCHEMA_VERSION,
+    Record,
+    StatisticsFile,
+    canonical_json,
+    field_digests,
+    settings_hash,
+)
+
+__all__ = [
+    "MIGRATIONS",
+    "ResultStore",
+    "StoredRecord",
+    "iter_records",
+    "load_record",
+    "load_statistics",
+    "slug",
+    "write_atomic",
+]
+
+_log = logging.getLogger("rice_eval")
+
+Plain = dict[str, Any]
+
+MIGRATIONS: dict[int, Callable[[Plain], Plain]] = {}
+"""Schema version v -> function that turns the plain JSON of a record of version v into one of version v + 1."""
+
+_RERUN = "run the evaluation again, or restore the file"
+
+
+@dataclass(frozen=True)
+class StoredRecord:
+    """A record and the file it came from."""
+
+    path: Path
+    record: Record
+
+    def statistics(self) -> Statistics:
+        """Its per-image statistics; RecordError where there are none."""
+        return load_statistics(self.record, self.path)
+
+
+class ResultStore:
+    """Records under one root folder, which is made on the first save."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+
+    def path_of(self, record: Record) -> Path:
+        """Where ``save`` puts this record."""
+        task = Path(*(slug(part) for part in record.task.name.split("/")))
+        name = f"{slug(record.protocol.id)}-{record.protocol.hash[:8]}-{record.identity[:8]}.json"
+        return self.root / "records" / task / slug(record.encoder.name) / name
+
+    def save(self, record: Record, statistics: Statistics | None) -> Path:
+        """Write a record and its statistics; a record of the same run (encoder, weights, key, seeds) is replaced.
+
+        Args:
+            record: ``statistics``, ``digests`` and ``sha256`` are filled in here.
+            statistics: per-image statistics, None where the protocol has none.
+
+        Returns:
+            The record's path.
+
+        Raises:
+            RecordError: another run's record, or a file that is no record, is already there under this name; values that
+                JSON can't hold; statistics that disagree with the record.
+        """
+        from filelock import FileLock
+
+        path = self.path_of(record)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        packed = None
+        if statistics is not None:
+            packed = pack(statistics.arrays())
+            digest = hashlib.sha256(packed).hexdigest()
+            entry = StatisticsFile(
+                file=f"{path.stem}.{digest[:8]}.npz", kind=statistics.kind, sha256=digest, images=len(statistics)
+            )
+            record = record.model_copy(update={"statistics": entry})
+        try:
+            sealed = record.sealed()
+            _check(sealed.model_dump(mode="json"), path)
+            text = json.dumps(
+                sealed.model_dump(mode="json"), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False
+            )
+        except ValueError as error:
+            raise RecordError(
+                f"{path}: a value can't be written as JSON ({error})", "report infinite and NaN values as None"
+            ) from error
+        with FileLock(str(self.root / "records" / ".lock")):
+            if path.exists():
+                _announce(load_record(path), sealed, path)
+            if packed is not None and sealed.statistics is not None:
+                write_atomic(path.with_name(sealed.statistics.file), packed)
+            write_atomic(path, (text + "\n").encode())
+            for stale in path.parent.glob(f"{path.stem}.*.npz"):
+                if sealed.statistics is None or stale.name != sealed.statistics.file:
+                    stale.unlink()
+        return path
+
+    def load(self, path: Path | str) -> Record:
+        """See ``load_record``."""
+        return load_record(path)
+
+    def load_statistics(self, record: Record, path: Path | str) -> Statistics:
+        """See ``load_statistics``."""
+        return load_statistics(record, path)
+
+    def __iter__(self) -> Iterator[StoredRecord]:
+        return iter_records([self.root])
+
+
+def _announce(old: Record, new: Record, path: Path) -> None:
+    if old.identity != new.identity:
+        raise RecordError(
+            f"{path}: already holds the record of another run ({old.encoder.name} on {old.task.name})",
+            "write to another results folder",
+        )
+    for name, metric in old.metrics.items():
+        if name in new.metrics and new.metrics[name].value != metric.value:
+            _log.warning(
+                "%s: the same run gave %s = %.6g before and %.6g now; the record is replaced",
+                path, name, metric.value, new.metrics[name].value,
+            )  # fmt: skip
+
+
+def load_record(path: Path | str) -> Record:
+    """Read one record and check it: version, schema, hash.
+
+    An older schema version is migrated in memory.
+
+    Raises:
+        RecordError: names the file and the field that is unknown, missing, edited or of a newer version.
+    """
+    path = Path(path)
+    return _load(path, _read(path))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RecordError(f"{path}: can't be read ({error.strerror})", "check the path and its permissions") from error
+
+
+def _load(path: Path, data: bytes) -> Record:
+    try:
+        content = json.loads(data, parse_constant=_refuse_constant)
+    except ValueError as error:
+        raise RecordError(f"{path}: is not JSON ({error})", _RERUN) from error
+    if not isinstance(content, dict) or "schema_version" not in content:
+        raise RecordError(f"{path}: is not a record: it has no field 'schema_version'", "point at a folder of records")
+    version = content["schema_version"]
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise RecordError(f"{path}: field 'schema_version' is {version!r}, not a number", _RERUN)
+    if version > SCHEMA_VERSION:
+        raise RecordError(
+            f"{path}: field 'schema_version' is {version}, newer than the {SCHEMA_VERSION} this version of rice-eval knows",
+            "upgrade rice-eval",
+        )
+    if version < SCHEMA_VERSION:
+        _check_hash(content, path)
+        content = migrate(content, path)
+        data = canonical_json(content).encode()
+    try:
+        # Strict JSON mode: "45.1" is not a number here, while a list still is a tuple.
+        record = Record.model_validate_json(data, strict=True)
+    except ValidationError as error:
+        raise RecordError(
+            f"{path}: {first_problem(error)}", f"fields of a record: {', '.join(Record.model_fields)}"
+        ) from error
+    _check(content, path)
+    return record
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number JSON knows")
+
+
+def _check(content: Plain, path: Path) -> None:
+    """Hash of the file, and the protocol's hash against its settings."""
+    _check_hash(content, path)
+    protocol = content["protocol"]
+    expected = settings_hash(protocol["id"], protocol["version"], protocol["settings"])
+    if protocol["hash"] != expected:
+        raise RecordError(
+            f"{path}: field 'protocol.hash' is {protocol['hash']}, but the protocol's id, version and settings give {expected}",
+            _RERUN,
+        )
+
+
+def _check_hash(content: Plain, path: Path) -> None:
+    body = {k: v for k, v in content.items() if k != "sha256"}
+    try:
+        actual = hashlib.sha256(canonical_json(body).encode()).hexdigest()
+    except UnicodeEncodeError as error:
+        raise RecordError(f"{path}: holds text that is no Unicode ({error.reason})", _RERUN) from error
+    if actual == content.get("sha256"):
+        return
+    stored = content.get("digests")
+    stored = stored if isinstance(stored, dict) else {}
+    now = field_digests(content)
+    edited = sorted(name for name in {*stored, *now} if stored.get(name) != now.get(name))
+    if len(edited) == 0:
+        raise RecordError(f"{path}: field 'sha256' was edited: it does not match the record", _RERUN)
+    names = ", ".join(f"'{name}'" for name in edited[:5]) + (", …" if len(edited) > 5 else "")
+    raise RecordError(f"{path}: field {names} was edited after the run: the record's hash does not match", _RERUN)
+
+
+def migrate(content: Plain, path: Path) -> Plain:
+    """The plain JSON of an older record, brought to the current version and sealed anew.
+
+    Raises:
+        RecordError: there is no way from its version.
+    """
+    from rice_eval.results.record import seal
+
+    for version in range(content["schema_version"], SCHEMA_VERSION):
+        if version not in MIGRATIONS:
+            raise RecordError(
+                f"{path}: field 'schema_version' is {version}, which nothing migrates", "run the evaluation again"
+            )
+        content = {**MIGRATIONS[version](content), "schema_version": version + 1}
+    digests, digest = seal(content)
+    return {**content, "digests": digests, "sha256": digest}
+
+
+def load_statistics(record: Record, path: Path | str) -> Statistics:
+    """The per-image statistics beside the record at ``path``.
+
+    Raises:
+        RecordError: there are none, or the file is missing, damaged, or of an unknown kind.
+    """
+    path = Path(path)
+    entry = record.statistics
+    if entry is None:
+        raise RecordError(f"{path}: the record has no per-image statistics", "run the evaluation again")
+    file = path.with_name(Path(entry.file).name)
+    data = _read(file)
+    if hashlib.sha256(data).hexdigest() != entry.sha256:
+        raise RecordError(f"{file}: was changed or damaged: its sha256 is not the record's 'statistics.sha256'", _RERUN)
+    try:
+        statistics = statistics_from_arrays(entry.kind, unpack(data))
+    except KeyError as error:
+        raise RecordError(
+            f"{path}: field 'statistics.kind': {error}", "install the package that defines this kind of statistics"
+        ) from error
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise RecordError(f"{file}: is no statistics file ({error})", _RERUN) from error
+    if len(statistics) != entry.images:
+        raise RecordError(
+            f"{path}: field 'statistics.images' is {entry.images}, but {file.name} holds {len(statistics)}", _RERUN
+        )
+    return statistics
+
+
+def iter_records(roots: Iterable[Path | str]) -> Iterator[StoredRecord]:
+    """Every record under the roots, checked, in the order of their paths.
+
+    Args:
+        roots: record files, results folders (only their ``records/`` is searched), or plain folders of records.
+
+    Raises:
+        RecordError: a root that does not exist or holds no record; any record that does not pass ``load_record``.
+    """
+    seen: set[Path] = set()
+    for root in map(Path, roots):
+        files = record_files(root)
+        if not files:
+            raise RecordError(f"{root}: holds no records", "point at a results folder, or run rice-eval run first")
+        for path in files:
+            if path not in seen:
+                seen.add(path)
+                yield StoredRecord(path, load_record(path))
+
+
+def record_files(root: Path) -> list[Path]:
+    """Paths of the records under ``root``, sorted; RecordError where ``root`` does not exist."""
+    if root.is_file():
+        return [root]
+    if not root.is_dir():
+        raise RecordError(f"{root}: does not exist", "point at a results folder or a record file")
+    folder = root / "records" if (root / "records").is_dir() else root
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        found += [Path(parent, n) for n in names if n.endswith(".json") and not n.startswith(".")]
+    return sorted(found)
+
+
+def slug(name: str) -> str:
+    """A name as a safe file name; where characters had to go, a short hash of the whole keeps names apart."""
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._")[:80]
+    if safe and safe == name:
+        return safe
+    return f"{safe or 'x'}-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:6]}"
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a temporary file, sync it and rename it: readers see the old bytes or the new ones."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
