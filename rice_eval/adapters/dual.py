@@ -1,0 +1,377 @@
+"""Image towers with a text tower beside them, CLIP's and SigLIP's kind: finding, checking, building, embedding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rice_eval.adapters.base import EncoderFacts, LoadRequest
+from rice_eval.adapters.checkpoints import Checkpoint, TensorInfo, few
+from rice_eval.adapters.layouts import Layout, count_blocks, load_tensors
+from rice_eval.adapters.preprocessing import mean_and_std
+from rice_eval.adapters.text import Words
+from rice_eval.adapters.tower import Tower, build, core, fill, shapes_of, transformers_module, unit
+from rice_eval.errors import CheckpointError
+
+__all__ = ["DualTower", "Found", "Spec", "check_numbers", "load", "square_root"]
+
+CONTAINERS = ("visual.", "vision_tower.", "vision_model.vision_model.")
+TEXTS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What tells one family from another.
+
+    Attributes:
+        label: the family in messages.
+        full, projected, vision: transformers' classes for image and text, image with projection, image alone.
+        full_config, vision_config: their configuration classes.
+        cls_tokens: class tokens before the patches.
+        stats: usual mean and std.
+        pad_to_context: see ``Words``.
+    """
+
+    label: str
+    full: str
+    projected: str | None
+    vision: str
+    full_config: str
+    vision_config: str
+    cls_tokens: int
+    stats: Literal["clip", "half"]
+    pad_to_context: bool
+
+
+@dataclass(frozen=True)
+class Found:
+    """A tower inside a checkpoint; names as in ``rice.Found``.
+
+    Attributes:
+        numbers: fields of the vision configuration read from shapes.
+        text: fields of the text configuration read from shapes; None where there is no text tower.
+        projection: width of the common space; None where there is no projection.
+        vision_at: what the vision part's names begin with in transformers' full model, ``vision_model.``; empty for a bare tower.
+    """
+
+    checkpoint: Checkpoint
+    layout: Layout
+    prefix: str
+    vision_at: str
+    numbers: dict[str, Any]
+    text: dict[str, int] | None
+    projection: int | None
+    outside: tuple[str, ...] = field(default=())
+
+
+def square_root(count: int, what: str) -> int:
+    """The side of a square grid of ``count`` positions.
+
+    Raises:
+        CheckpointError: ``count`` is no square.
+    """
+    side = math.isqrt(count)
+    if side * side != count:
+        raise CheckpointError(
+            f"{what}: {count} positions are no square grid", "the file is damaged or of another family"
+        )
+    return side
+
+
+def text_numbers(seen: Mapping[str, TensorInfo]) -> dict[str, int] | None:
+    """Fields of the text configuration, from transformers' names and shapes."""
+    try:
+        vocab, width = seen["text_model.embeddings.token_embedding.weight"].shape
+        numbers = {
+            "vocab_size": vocab,
+            "hidden_size": width,
+            "max_position_embeddings": seen["text_model.embeddings.position_embedding.weight"].shape[0],
+            "num_hidden_layers": count_blocks(seen, "text_model.encoder.layers."),
+            "intermediate_size": seen["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
+        }
+    except (KeyError, ValueError):
+        return None
+    return numbers
+
+
+def check_numbers(
+    told: Mapping[str, Any], numbers: Mapping[str, Any], where: str, missing: Callable[[int], str]
+) -> None:
+    """config.json's numbers must be the tensors'.
+
+    Args:
+        told: config.json's fields.
+        numbers: the same fields read from shapes.
+        where: file and part of it.
+        missing: the first key of block ``n`` in the file's own names, for a tower with blocks cut off.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    for key, value in numbers.items():
+        if key in told and told[key] != value:
+            lost = ""
+            if key == "num_hidden_layers" and isinstance(told[key], int) and told[key] > value:
+                lost = f": {missing(value)} and the rest of its block are missing"
+            raise CheckpointError(
+                f"{where}: config.json says {key} = {told[key]}, the tensors say {value}{lost}",
+                "one of the two belongs to another checkpoint",
+            )
+
+
+def _settings(found: Found, spec: Spec, request: LoadRequest, library: Any) -> tuple[Any, list[str]]:
+    """transformers' configuration object and what was assumed for it."""
+    path, checkpoint = found.checkpoint.path, found.checkpoint
+    config = checkpoint.config()
+    where = f"{path} ({spec.label})"
+
+    def key_of(stem: str) -> Callable[[int], str]:
+        return lambda n: found.prefix + found.layout.source(f"{stem}{n}.layer_norm1.weight")[0]
+
+    vision_key = key_of(f"{found.vision_at}encoder.layers.")
+    if config is not None and not found.outside:
+        inner = config.get("vision_config")
+        told = inner if isinstance(inner, dict) else config
+        full = getattr(library, spec.full_config)
+        try:
+            if isinstance(inner, dict):
+                parsed = full.from_dict(config)
+                vision = parsed.vision_config
+            else:
+                parsed = vision = getattr(library, spec.vision_config).from_dict(config)
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            raise CheckpointError(
+                f"{path}: config.json does not fit {spec.label} ({error})", "mend config.json"
+            ) from error
+        kind = str(config.get("model_type", ""))
+        known = {full.model_type, getattr(library, spec.vision_config).model_type}
+        if kind and kind not in known:
+            raise CheckpointError(
+                f"{path}: config.json says model_type = {kind}, the tensors are {spec.label}'s",
+                f"one of {', '.join(sorted(known))} is meant, or the two belong to different checkpoints",
+            )
+        check_numbers({**vision.to_dict(), **told}, found.numbers, where, vision_key)
+        if found.text is not None and isinstance(inner, dict):
+            check_numbers(
+                parsed.text_config.to_dict(), found.text, f"{where}, text tower", key_of("text_model.encoder.layers.")
+            )
+        projection = getattr(parsed, "projection_dim", None)
+        if found.projection is not None and projection is not None and projection != found.projection:
+            raise CheckpointError(
+                f"{where}: config.json says projection_dim = {projection}, the tensors say {found.projection}",
+                "one of the two belongs to another checkpoint",
+            )
+        if found.text is not None and not isinstance(inner, dict):
+            raise CheckpointError(
+                f"{where}: holds a text tower, config.json describes an image tower alone",
+                "put the full config.json beside it",
+            )
+        if found.text is None and isinstance(inner, dict):
+            if found.projection is not None:
+                vision.projection_dim = found.projection
+            parsed = vision
+        return parsed, []
+    return _from_card(found, spec, request, library, vision_key)
+
+
+def _from_card(
+    found: Found, spec: Spec, request: LoadRequest, library: Any, vision_key: Callable[[int], str]
+) -> tuple[Any, list[str]]:
+    """Without a config.json: what shapes do not tell comes from the card, or is an error."""
+    options, numbers = request.card.options, dict(found.numbers)
+    where = f"{found.checkpoint.path} ({spec.label}, no config.json)"
+    if "act" not in options:
+        raise CheckpointError(
+            f"{where}: the activation can't be read from tensors and the card does not say it",
+            "put a config.json beside the file",
+        )
+    same_width = numbers["hidden_size"] == options.get("width")
+    if same_width and numbers["num_hidden_layers"] != options["depth"]:
+        raise CheckpointError(
+            f"{where}: holds {numbers['num_hidden_layers']} blocks where {request.card.arch} has {options['depth']} "
+            f"(first missing key {vision_key(numbers['num_hidden_layers'])})",
+            "put a config.json beside it if the depth is meant",
+        )
+    notes = []
+    if same_width:
+        numbers["num_attention_heads"] = options["heads"]
+    else:
+        # openai/CLIP, model.py build_model: heads are 64 wide.
+        numbers["num_attention_heads"] = max(1, numbers["hidden_size"] // 64)
+        notes.append(f"no config.json: heads taken as width / 64 = {numbers['num_attention_heads']}")
+    numbers["hidden_act"] = options["act"]
+    if found.text is None:
+        if found.projection is not None:
+            numbers["projection_dim"] = found.projection
+        return getattr(library, spec.vision_config)(**numbers), notes
+    text = {
+        **found.text,
+        "num_attention_heads": options.get("text_heads", max(1, found.text["hidden_size"] // 64)),
+        "hidden_act": options["act"],
+        "eos_token_id": found.text["vocab_size"]
+        - 1,  # the end of text is the highest id, which openai/CLIP finds by argmax
+        "bos_token_id": found.text["vocab_size"] - 2,
+    }
+    full = {"vision_config": numbers, "text_config": text}
+    if found.projection is not None:
+        full["projection_dim"] = found.projection  # type: ignore[assignment]
+    return getattr(library, spec.full_config)(**full), notes
+
+
+class DualTower(Tower):
+    """A ``Tower`` that embeds whole images, and texts where the checkpoint has a text tower."""
+
+    full: Any
+    words: Words | None
+    inputs: Callable[[Tensor], dict[str, Tensor]]
+    embeds: bool
+
+    def embed_image(self, images: Tensor) -> Tensor:
+        """``(B, E)`` L2-normalised embeddings of ``(B, 3, H, W)`` images in [0, 1].
+
+        Raises:
+            CheckpointError: the checkpoint has no pooling head or projection.
+            PlanError: sides that the patch does not divide.
+        """
+        if not self.embeds:
+            raise CheckpointError(
+                f"encoder '{self.name}' has no head that embeds images", "load the whole model's checkpoint"
+            )
+        self.check_size(int(images.shape[-2]), int(images.shape[-1]))
+        with torch.inference_mode():
+            inputs = self.inputs(self.normalise(images.to(self.device)))
+            if hasattr(self.full, "get_image_features"):
+                out = self.full.get_image_features(**inputs)
+            else:
+                out = self.full(**inputs)
+            for name in ("image_embeds", "pooler_output"):
+                found = getattr(out, name, None)
+                if isinstance(found, Tensor):
+                    return unit(found)
+            return unit(out)
+
+    def embed_text(self, texts: list[str]) -> Tensor:
+        """``(len(texts), E)`` embeddings, L2-normalised.
+
+        Raises:
+            CheckpointError: no text tower, or no tokenizer.
+        """
+        if self.words is None:
+            raise CheckpointError(f"encoder '{self.name}' has no text tower", "load the whole model's checkpoint")
+        rows = []
+        with torch.inference_mode():
+            for start in range(0, len(texts), TEXTS_AT_ONCE):
+                batch = self.words(texts[start : start + TEXTS_AT_ONCE])
+                out = self.full.get_text_features(**{k: v.to(self.device) for k, v in batch.items()})
+                rows.append(unit(getattr(out, "pooler_output", out)))
+        return torch.cat(rows) if rows else torch.empty(0, 0, device=self.device)
+
+
+def load(
+    found: Found,
+    spec: Spec,
+    request: LoadRequest,
+    *,
+    inputs: Callable[[Tensor], dict[str, Tensor]] | None = None,
+    positional: bool = False,
+    has_head: bool = True,
+    arch: str,
+) -> DualTower:
+    """Build the tower and fill it.
+
+    Args:
+        found: what the checkpoint holds.
+        spec: the family.
+        request: card and flags.
+        inputs: normalised pixels to the model's inputs; pixels with interpolated positions by default.
+        positional: whether the vision part takes those inputs in order rather than by name (names differ between versions).
+        has_head: whether whole images can be embedded without a projection.
+        arch: the architecture in words.
+
+    Raises:
+        CheckpointError: anything that does not match.
+    """
+    library = transformers_module(spec.label)
+    where = f"{found.checkpoint.path} ({spec.label}, {found.layout.name})"
+    if found.outside and not any(c in found.prefix for c in CONTAINERS):
+        raise CheckpointError(
+            f"{where}: {len(found.outside)} keys unexpected ({few(found.outside)})", "save the model's own state dict"
+        )
+    config, notes = _settings(found, spec, request, library)
+    if found.text is not None:
+        name = spec.full
+    else:
+        name = spec.projected if found.projection is not None and spec.projected else spec.vision
+    model = build(getattr(library, name), config, where)
+    holder = model if found.vision_at else core(model)
+    fix = "the file is not whole or of another architecture; rice-eval encoders inspect shows what it holds"
+    tensors = load_tensors(found.checkpoint, found.layout, found.prefix, shapes_of(holder), where, fix)
+    fill(holder, tensors)
+    vision = core(model) if name != spec.full else model.vision_model
+    settings = config.vision_config if name == spec.full else config
+    kinds = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()})
+    notes = [f"read as {found.layout.name}", *notes]
+    if kinds != ["float32"]:
+        notes.append(f"stored as {', '.join(kinds)}, run as float32")
+    if found.checkpoint.stripped:
+        notes.append(f"prefix '{found.checkpoint.stripped}' taken off every key")
+    if found.outside:
+        notes.append(f"{len(found.outside)} keys of the surrounding model left alone")
+    mean, std, said = mean_and_std(found.checkpoint.folder, request.card, spec.stats)
+    notes += said
+    make = inputs or (lambda pixels: {"pixel_values": pixels, "interpolate_pos_encoding": True})  # type: ignore[dict-item]
+    depth, width, patch = found.numbers["num_hidden_layers"], found.numbers["hidden_size"], found.numbers["patch_size"]
+    words = None
+    if name == spec.full:
+        words = Words(
+            found.checkpoint.folder,
+            request,
+            context=config.text_config.max_position_embeddings,
+            pad_to_context=spec.pad_to_context,
+            lowercase=bool(request.card.options.get("lowercase", False)),
+        )
+    embeds = has_head and (spec.projected is None or found.projection is not None)
+    abilities = (("image",) if embeds else ()) + (("text",) if words is not None and words.available else ())
+    source = request.card.source
+    facts = EncoderFacts(
+        name=request.card.name,
+        family=request.family.family,
+        arch=f"{name}, {depth} blocks, width {width}, {settings.num_attention_heads} heads, {arch}",
+        params=0,
+        patch=patch,
+        resolution=found.numbers.get("image_size") or patch * square_root(settings.num_patches, where),
+        layers=depth,
+        widths=(width,) * depth,
+        strides=(patch,) * depth,
+        mean=mean,
+        std=std,
+        abilities=abilities,
+        license=request.card.license or request.family.license,
+        source=f"file {request.weights.name}"
+        if request.weights
+        else f"hub {source.hub}" + (f" at {source.revision}" if source.revision else ""),
+        notes=tuple(notes),
+    )
+    numbers = {
+        "family": spec.vision,
+        "act": settings.hidden_act,
+        "eps": settings.layer_norm_eps,
+        "heads": settings.num_attention_heads,
+    }
+    tower = DualTower(
+        facts,
+        model=model,
+        vision=vision,
+        blocks=vision.encoder.layers,
+        final_norm=vision.post_layernorm,
+        leading=(spec.cls_tokens, 0),
+        run=(lambda pixels: vision(*make(pixels).values())) if positional else (lambda pixels: vision(**make(pixels))),
+        architecture={**numbers, **found.numbers},
+    )
+    tower.full, tower.words, tower.inputs, tower.embeds = model, words, make, embeds
+    return tower
