@@ -372,6 +372,22 @@ class Bank:
                 out.append((entry, manifest))
         return out
 
+    def strays(self) -> list[tuple[str, str]]:
+        """What does not belong in the bank: ``(folder's name, what is wrong)`` of damaged manifests and left-over files."""
+        out = []
+        for folder in sorted(self.root.glob("??/*")):
+            entry = Entry(folder)
+            manifest = entry.manifest()
+            if manifest is None or manifest.key.digest != folder.name:
+                if not entry.busy():
+                    out.append((folder.name, "its manifest is missing or damaged"))
+                continue
+            if entry.busy():
+                continue
+            known = {MANIFEST, "locks", "sums", *(entry.shard(n).name for n in manifest.shards)}
+            out += [(folder.name, f"{p.name} is left over") for p in sorted(folder.iterdir()) if p.name not in known]
+        return out
+
     def best(self, key: BankKey, images: int) -> Entry:
         """The entry that serves ``key`` with least work: one with all of its layers and most shards, else the key's own."""
         own = self.entry(key)
