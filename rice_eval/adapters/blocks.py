@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from rice_eval.adapters.base import Encoder, EncoderFacts, LoadRequest, Tokens, fingerprint_of
-from rice_eval.errors import CardError, CheckpointError
+from rice_eval.adapters.checkpoints import TensorInfo, compare, open_checkpoint, strip_wrappers
+from rice_eval.errors import CardError
 
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "MapEncoder",
     "ModuleEncoder",
+    "WithoutDraws",
     "describe",
     "flatten_map",
     "load_strict",
@@ -70,6 +72,21 @@ class MapEncoder(ModuleEncoder):
         return Tokens({k: tokens for k, (tokens, _) in flat.items()}, {k: grid for k, (_, grid) in flat.items()})
 
 
+_DRAWS = {torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.erfinv_, nn.init.trunc_normal_}
+
+
+class WithoutDraws(TorchFunctionMode):
+    """Within it no random number is drawn: for models whose every weight is about to be replaced.
+
+    Drawing initial weights takes most of the time of building a large model, and moves the global generator.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return args[0] if func in _DRAWS else func(*args, **(kwargs or {}))
+
+
 def split_tokens(x: Tensor, n_cls: int, n_registers: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``(B, n_cls + n_registers + N, D)`` to patches ``(B, N, D)``, class token ``(B, D)`` and registers ``(B, R, D)``.
 
@@ -88,64 +105,28 @@ def flatten_map(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
     return x.flatten(2).transpose(1, 2), (int(x.shape[2]), int(x.shape[3]))
 
 
-def read_state_dict(path: Path, encoder: str) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` file or of a PyTorch pickle, which is read with ``weights_only=True``.
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint (file, folder or glob), with wrappers' prefixes such as ``module.`` taken off every name.
 
     Raises:
-        CheckpointError: a file that is missing, truncated, or holds anything but tensors by name.
+        CheckpointError: a file that is missing, truncated, or holds code.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file for encoder '{encoder}'", "check the path")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: holds objects other than tensors, which are never run", "save it as .safetensors"
-        ) from error
-    except Exception as error:  # torch and safetensors raise many kinds on a damaged file
-        raise CheckpointError(f"{path}: can't be read ({error})", "copy the checkpoint again") from error
-    for key in ("state_dict", "model"):
-        if isinstance(data, dict) and isinstance(data.get(key), dict):
-            data = data[key]
-    if not isinstance(data, dict) or not data or not all(isinstance(v, Tensor) for v in data.values()):
-        raise CheckpointError(f"{path}: is no mapping of names to tensors", "save the model's state_dict()")
-    return {str(name): value for name, value in data.items()}
-
-
-def _few(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    checkpoint = strip_wrappers(open_checkpoint(path))
+    return checkpoint.read(checkpoint.tensors)
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Load ``tensors`` into ``module``; every name and every shape must agree.
+    """Copy ``tensors`` into ``module``; every name and every shape must agree.
 
     Raises:
         CheckpointError: names that are missing, not expected, or of another shape; the message shows the first few.
     """
-    wanted = module.state_dict()
-    problems = []
-    if missing := set(wanted) - set(tensors):
-        problems.append(f"{len(missing)} missing ({_few(missing)})")
-    if unexpected := set(tensors) - set(wanted):
-        problems.append(f"{len(unexpected)} unexpected ({_few(unexpected)})")
-    shapes = [
-        f"{name} is {tuple(tensors[name].shape)}, not {tuple(wanted[name].shape)}"
-        for name in sorted(set(wanted) & set(tensors))
-        if wanted[name].shape != tensors[name].shape
-    ]
-    if shapes:
-        problems.append(f"{len(shapes)} of another shape ({'; '.join(shapes[:3])})")
-    if problems:
-        raise CheckpointError(
-            f"{source}: keys do not fit the architecture: {', '.join(problems)}",
-            "choose the encoder that these weights belong to",
-        )
-    module.load_state_dict(dict(tensors), strict=True, assign=False)
+    compare(
+        {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in tensors.items()},
+        {name: tuple(value.shape) for name, value in module.state_dict().items()},
+        source,
+    )
+    module.load_state_dict(dict(tensors), strict=True)
 
 
 def describe(
@@ -169,6 +150,7 @@ def describe(
     """Facts of what was loaded; a card that states another patch is refused, so that a card can't lie.
 
     Args:
+        resolution: native side in pixels of what was loaded.
         architecture: every number besides the weights that changes the output; it enters the fingerprint.
         params: parameters of the image tower where ``module`` holds more than that.
 
@@ -187,7 +169,7 @@ def describe(
         arch=card.arch if carded else arch,
         params=sum(p.numel() for p in module.parameters()) if params is None else params,
         patch=patch,
-        resolution=card.resolution if carded else resolution,
+        resolution=resolution,
         layers=len(widths),
         widths=tuple(widths),
         strides=tuple(strides),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rice_eval.adapters.base import Encoder, LoadRequest
-from rice_eval.adapters.blocks import MapEncoder, describe, load_strict, read_state_dict
+from rice_eval.adapters.blocks import MapEncoder, WithoutDraws, describe, load_strict, read_state_dict
 from rice_eval.adapters.floors import PlainViTEncoder
 from rice_eval.adapters.vit import PlainViT
 from rice_eval.cards import SourceCard
@@ -195,8 +195,9 @@ def _efficientnet_lite0(request: LoadRequest) -> Encoder:
         raise MissingExtraError.of("timm", "demo", f"the encoder '{request.card.name}'") from error
     path, source = _source(request)
     mean, std = _numbers(request)
-    model = timm.create_model("tf_efficientnet_lite0", features_only=True)
-    load_strict(model, _lite_to_timm(read_state_dict(path, request.card.name)), str(path))
+    with WithoutDraws():
+        model = timm.create_model("tf_efficientnet_lite0", features_only=True)
+    load_strict(model, _lite_to_timm(read_state_dict(path)), str(path))
     strides = tuple(model.feature_info.reduction())
     facts = describe(
         request,
@@ -253,8 +254,9 @@ def _mobilenet_v2(request: LoadRequest) -> Encoder:
 
     path, source = _source(request)
     mean, std = _numbers(request)
-    model = _MobileNetTaps(mobilenet_v2(weights=None).features)
-    load_strict(model, _bottle_to_torchvision(read_state_dict(path, request.card.name)), str(path))
+    with WithoutDraws():
+        model = _MobileNetTaps(mobilenet_v2(weights=None).features)
+    load_strict(model, _bottle_to_torchvision(read_state_dict(path)), str(path))
     facts = describe(
         request,
         model,
