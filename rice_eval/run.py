@@ -14,15 +14,17 @@ import torch
 
 from rice_eval.adapters import load_encoder
 from rice_eval.adapters.base import Encoder, EncoderFacts, facts_as_dict
-from rice_eval.bank.extract import Source, open_source
+from rice_eval.bank.extract import Source, SourceView, open_source
 from rice_eval.bank.store import Bank, default_bank_root
 from rice_eval.cards import TaskCard, catalogue
 from rice_eval.environment import describe, peak_memory_mb
-from rice_eval.errors import PlanError, UsageError
+from rice_eval.errors import DataError, PlanError, UsageError
 from rice_eval.metrics.statistics import METRICS, MetricInfo
+from rice_eval.pictures import save_pictures, save_predictions, token_maps
 from rice_eval.plan import EncoderRef, Job, Plan, TaskRef, make_plan, parse_encoder, task_for_dataset
 from rice_eval.progress import Reporter, progress
 from rice_eval.protocols.base import Context, Outcome
+from rice_eval.results.bootstrap import KIND as INTERVAL_KIND
 from rice_eval.results.bootstrap import intervals
 from rice_eval.results.record import (
     BankFacts,
@@ -30,6 +32,7 @@ from rice_eval.results.record import (
     EncoderEntry,
     Environment,
     HeadScore,
+    IntervalEntry,
     Metric,
     ProtocolEntry,
     Record,
@@ -273,13 +276,14 @@ def _run_job(
 ) -> Result:
     train, test = plan.dataset(job.task, "train"), plan.dataset(job.task, "test")
     used: list[Source] = []
+    layers = loaded.encoder.resolve_layers(job.protocol.layers(loaded.encoder.facts))
 
-    def tokens(split: str, view: str) -> Source:
+    def tokens(split: str, view: str) -> SourceView:
         dataset = {"train": train, "test": test}[split]
         source = loaded.sources[_source_key(dataset, view, loaded.encoder, job)]
         if source not in used:
             used.append(source)
-        return source
+        return source.select(layers)
 
     before = {id(s): (s.forwards, s.seconds) for s in loaded.sources.values()}
     start = time.perf_counter()
@@ -299,7 +303,7 @@ def _run_job(
     passes = sum(s.seconds - before[id(s)][1] for s in used)
     forwards = sum(s.forwards - before[id(s)][0] for s in used)
     start = time.perf_counter()
-    bounds = intervals(outcome.statistics, resamples=options.resamples, seed=job.protocol.seed)
+    bounds = intervals(outcome.statistics, resamples=options.resamples)
     seconds = {
         "load": loaded.seconds,
         "pass": passes,
@@ -315,6 +319,14 @@ def _run_job(
         }
     )
     path = store.save(record, outcome.statistics)
+    if options.predictions is not None and outcome.predictions is not None:
+        parts = [job.encoder.name.replace("/", "-"), job.task.card.name.replace("/", "-"), job.protocol.id]
+        save_predictions(options.predictions.joinpath(*parts), outcome.predictions)
+    maps = {}
+    if outcome.panels and options.store:
+        reader = tokens("test", job.protocol.view).reader()
+        maps = token_maps(reader, outcome.layers[-1], [panel.index for panel in outcome.panels])
+    save_pictures(path, outcome.panels, test, maps, job.task.card.kind)
     return Result(store.load(path), path)
 
 
@@ -344,6 +356,12 @@ def _record(
     stored = [s for s in sources if s.key is not None]
     notes = [note for s in sources for note in s.notes]
     now = datetime.datetime.now(datetime.timezone.utc)
+    metrics = _metrics(outcome, bounds)
+    if job.protocol.metric not in metrics:
+        raise DataError(
+            f"task '{card.name}': '{job.protocol.metric}' has nothing to divide by on {len(test)} test images",
+            "check that the test split is labelled",
+        )
     return Record(
         created=now.strftime("%Y-%m-%dT%H:%M:%SZ"),
         encoder=EncoderEntry(
@@ -363,9 +381,15 @@ def _record(
             classes=tuple(test.classes or test.things),
             license=card.license,
         ),
-        protocol=ProtocolEntry(id=job.protocol.id, hash=job.protocol.hash, settings=job.protocol.settings()),
+        protocol=ProtocolEntry(
+            id=job.protocol.id,
+            hash=job.protocol.hash,
+            settings=job.protocol.settings(),
+            version=job.protocol.version,
+        ),
         metric=job.protocol.metric,
-        metrics=_metrics(outcome, bounds),
+        metrics=metrics,
+        interval=IntervalEntry(kind=INTERVAL_KIND, level=0.95, resamples=options.resamples),
         per_class=_per_class(outcome),
         view=str(View.parse(job.protocol.view).resolve(facts.patch)),
         layers=outcome.layers,
