@@ -128,6 +128,12 @@ datasets: Registry[object] = Registry(
     {
         "scenes": "rice_eval.datasets.scenes:factory",
         "coco-panoptic": "rice_eval.datasets.coco_panoptic:factory",
+        "ade20k": "rice_eval.datasets.segmentation:ade20k",
+        "cityscapes": "rice_eval.datasets.segmentation:cityscapes",
+        "coco-stuff": "rice_eval.datasets.segmentation:coco_stuff",
+        "voc2012": "rice_eval.datasets.voc:voc2012",
+        "pascal-context": "rice_eval.datasets.voc:pascal_context",
+        "folder": "rice_eval.datasets.folder:factory",
     },
 )
 protocols: Registry[object] = Registry(

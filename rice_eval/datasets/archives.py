@@ -33,8 +33,6 @@ Listing = tuple[dict[str, int], tuple[str, ...]]
 class Layer(Protocol):
     """A read-only tree of files. Names are normalised POSIX paths with no leading slash."""
 
-    root: Path
-
     def scan(self, folder: str) -> Listing:
         """Contents of one folder; ({}, ()) where there is none."""
 
@@ -302,12 +300,12 @@ class Tar(_Tree):
                 f"{self.root}: a compressed tar of over {IN_MEMORY >> 20} MiB can't be read in place",
                 "decompress it once to a plain .tar (gunzip, bunzip2 or unxz), or unpack it",
             )
-        opener = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}.get(_compressed(self.root))
-        if opener is None:
+        expand = {"gzip": gzip.decompress, "bzip2": bz2.decompress, "xz": lzma.decompress}
+        kind = _compressed(self.root)
+        if kind not in expand:
             raise tarfile.TarError("no tar header")
         try:
-            with opener(self.root, "rb") as stream:
-                self._data = stream.read()
+            self._data = expand[kind](self.root.read_bytes())
         except lzma.LZMAError as error:
             raise tarfile.TarError(str(error)) from error
         with tarfile.open(fileobj=io.BytesIO(self._data), mode="r:") as archive:

@@ -36,9 +36,12 @@ def need_split(dataset: str, split: str, known: Sequence[str]) -> None:
 
 
 def image_ids(names: Sequence[str]) -> tuple[str, ...]:
-    """Ids of images: the file's stem, or the whole path where two files share a stem."""
+    """Ids of images: the file's stem, or the path below their common folder where two files share a stem."""
     stems = tuple(posixpath.splitext(posixpath.basename(name))[0] for name in names)
-    return stems if len(set(stems)) == len(stems) else tuple(names)
+    if len(set(stems)) == len(stems):
+        return stems
+    common = posixpath.commonpath([posixpath.dirname(name) for name in names])
+    return tuple(posixpath.relpath(name, common) if common else name for name in names)
 
 
 class FileDataset(Dataset):
@@ -50,7 +53,7 @@ class FileDataset(Dataset):
         storage: where the files lie.
         images: a file name an image, relative to the storage.
         annotations: files that hold annotations of many images (JSON, lists): hashed whole.
-        maps: annotation files an image (masks, XML): their sums of content enter the fingerprint.
+        maps: an annotation file an image (mask, XML), or none: their sums of content enter the fingerprint.
         facts: whatever else decides the annotations (class mapping, options).
         sizes: heights and widths where the annotations state them; images are checked against them when decoded.
     """
@@ -84,10 +87,10 @@ class FileDataset(Dataset):
 
     @cached_property
     def _digest(self) -> str:
-        # Images go by their ids and annotation files by their base names, wherever the layout puts them.
+        # Images and maps go by their ids, annotation files by base names, wherever the layout puts them.
         parts = [(posixpath.basename(name), self.storage.read(name)) for name in self._annotations]
-        parts += sums(self.storage, self._maps, by_content=True)
-        parts += [(name, size) for name, (_, size) in zip(self.ids, sums(self.storage, self.images, by_content=False))]
+        for names, content in ((self._maps, True), (self.images, False)):
+            parts += [(key, part) for key, (_, part) in zip(self.ids, sums(self.storage, names, by_content=content))]
         facts = {**self._facts, "reader": self.name, "format": FORMAT, "split": self.split, "classes": self.classes}
         return files_fingerprint(parts, {**facts, "things": self.things})
 

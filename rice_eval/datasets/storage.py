@@ -32,13 +32,14 @@ class Storage:
 
     Args:
         layers: where each layer's files appear ("" for the root) and the layer.
-        prefix: the folder that names are relative to.
+        prefix: the folder, relative to the layers' root, that names are relative to.
     """
 
     def __init__(self, layers: Sequence[tuple[str, Layer]], prefix: str = "") -> None:
         self._layers = list(layers)
-        self._prefix = prefix
+        self.prefix = prefix
         self._listings: dict[str, Listing] = {}
+        self._mounted = False
 
     def __getstate__(self) -> dict[str, Any]:
         # Listings are only needed where a dataset is set up; workers open files by name.
@@ -47,7 +48,7 @@ class Storage:
     @property
     def root(self) -> str:
         """What to call the whole in messages."""
-        return self._layers[0][1].label(self._prefix).rstrip("/:")
+        return self._layers[0][1].label(self.prefix).rstrip("/:")
 
     def label(self, name: str) -> str:
         """What to call a file in messages: where it lies if it exists, else where it would lie."""
@@ -61,7 +62,7 @@ class Storage:
 
     def enter(self, folder: str) -> Storage:
         """The same files, with names relative to ``folder``."""
-        return Storage(self._layers, clean(posixpath.join(self._prefix, folder)))
+        return Storage(self._layers, clean(posixpath.join(self.prefix, folder)))
 
     def mount_archive(self, name: str, at: str = "") -> bool:
         """Show the files of an archive that is itself a file here, under ``at``. False where there is no such file."""
@@ -74,7 +75,10 @@ class Storage:
         return False
 
     def mount_all(self) -> bool:
-        """Mount every archive that lies at the top. False where there is none."""
+        """Mount every archive that lies at the top. False where there is none, or where they are mounted already."""
+        if self._mounted:
+            return False
+        self._mounted = True
         return sum(self.mount_archive(name) for name in self.files("", ARCHIVES)) > 0
 
     def files(self, folder: str = "", suffix: str | tuple[str, ...] = "") -> tuple[str, ...]:
@@ -101,10 +105,10 @@ class Storage:
         """Whether there is a folder of that name, with something in it."""
         return any(self._listing(name))
 
-    def has(self, name: str) -> bool:
-        """Whether there is a file or a folder of that name that can be listed."""
+    def has(self, name: str | tuple[str, ...]) -> bool:
+        """Whether there is a file or a folder of that name (of any of the names) that can be listed."""
         try:
-            return self.exists(name) or self.is_folder(name)
+            return any(self.exists(n) or self.is_folder(n) for n in ([name] if isinstance(name, str) else name))
         except DataError:
             return False
 
@@ -166,8 +170,10 @@ class Storage:
                 return found
         raise self._missing(name)
 
-    def rooted(self, required: Sequence[str], dataset: str, layout: str) -> Storage:
-        """The storage entered at the folder, at most two levels down, that holds all of ``required`` (files or folders).
+    def rooted(self, required: Sequence[str | tuple[str, ...]], dataset: str, layout: str) -> Storage:
+        """The storage entered at the folder, at most three levels down, that holds all of ``required``.
+
+        Each is a file or folder, or several of which one is enough.
 
         So a user may point at a dataset's folder, at the folder that holds it, at an archive that wraps it in one, or at a
         folder of the archives as shipped, which are mounted where the files are not found without them.
@@ -187,13 +193,14 @@ class Storage:
                 if len(required) - len(missing) > most:
                     best, most = inside, len(required) - len(missing)
         absent = next(name for name in required if not best.has(name))
+        absent = absent if isinstance(absent, str) else " or ".join(absent)
         raise DataError(f"{best.root}: {dataset} needs {absent}, which is not there", f"expected layout: {layout}")
 
     def _shallow(self) -> Iterator[str]:
         level = [""]
-        for depth in range(3):
+        for depth in range(4):
             yield from level
-            if depth < 2:
+            if depth < 3:
                 level = [posixpath.join(folder, below) for folder in level for below in self._visible(folder)]
 
     def _visible(self, folder: str) -> tuple[str, ...]:
@@ -203,7 +210,7 @@ class Storage:
             return ()
 
     def _full(self, name: str) -> str:
-        return clean(posixpath.join(self._prefix, clean(name)))
+        return clean(posixpath.join(self.prefix, clean(name)))
 
     def _candidates(self, full: str) -> Iterator[tuple[Layer, str]]:
         for at, layer in self._layers:
