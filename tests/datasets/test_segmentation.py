@@ -452,6 +452,7 @@ def _mmseg_names() -> ModuleType:
 def test_classes_and_colours_equal_mmsegs(ours: str, theirs: str) -> None:
     module = _mmseg_names()
     names, palette = class_table(ours)
-    assert list(names) == [name.strip() for name in getattr(module, f"{theirs}_classes")()]
-    assert [list(colour) for colour in palette] == getattr(module, f"{theirs}_palette")()
+    skip = 1 if ours == "pascal-context" else 0  # its table there begins after background
+    assert list(names[skip:]) == [name.strip() for name in getattr(module, f"{theirs}_classes")()]
+    assert [list(colour) for colour in palette[skip:]] == getattr(module, f"{theirs}_palette")()
     assert len(set(names)) == len(names)
