@@ -73,7 +73,8 @@ class TokenSource(Protocol):
         indices: the dataset's indices that have tokens (all, unless bad images were skipped).
     """
 
-    forwards: int
+    @property
+    def forwards(self) -> int: ...
 
     @property
     def indices(self) -> tuple[int, ...]: ...

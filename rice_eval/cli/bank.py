@@ -10,7 +10,8 @@ from typing import Any
 
 import typer
 
-from rice_eval.bank.store import BANK_VARIABLE, Bank, Entry, Manifest, default_bank_root, folder_bytes
+from rice_eval.bank.manifest import Manifest
+from rice_eval.bank.store import BANK_VARIABLE, Bank, Entry, default_bank_root, folder_bytes
 from rice_eval.errors import UsageError
 
 __all__ = ["app", "human_bytes", "parse_bytes"]
