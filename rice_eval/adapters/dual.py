@@ -20,7 +20,7 @@ from rice_eval.errors import CheckpointError
 
 __all__ = ["DualTower", "Found", "Spec", "check_numbers", "load", "square_root"]
 
-CONTAINERS = ("visual.", "vision_tower.", "vision_model.vision_model.")
+CONTAINERS = ("visual.", "vision_tower.")
 TEXTS_AT_ONCE = 256
 
 

@@ -17,7 +17,18 @@ from torch import Tensor, nn
 from rice_eval.adapters.base import Encoder, EncoderFacts, Tokens, fingerprint_of
 from rice_eval.errors import CheckpointError, MissingExtraError, PlanError
 
-__all__ = ["Tower", "build", "core", "fill", "first_line", "shapes_of", "transformers_module", "unit"]
+__all__ = [
+    "Tower",
+    "build",
+    "core",
+    "fill",
+    "first_line",
+    "parameters_on_meta",
+    "quiet",
+    "shapes_of",
+    "transformers_module",
+    "unit",
+]
 
 
 class _Enough(Exception):
@@ -38,7 +49,22 @@ def transformers_module(purpose: str) -> Any:
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def quiet(library: Any) -> Iterator[None]:
+    """No progress bars and no loading report from transformers: what they would say is checked and raised here."""
+    logging = library.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
     """Modules built inside hold parameters without storage; buffers, which files do not carry, are computed as usual."""
     original = nn.Module.register_parameter
 
@@ -61,7 +87,7 @@ def build(cls: Any, config: Any, where: str) -> Any:
         CheckpointError: numbers the class refuses.
     """
     try:
-        with _parameters_on_meta():
+        with parameters_on_meta():
             model = cls._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError, AssertionError, KeyError) as error:
         raise CheckpointError(
@@ -117,6 +143,8 @@ class Tower(Encoder):
         run: one forward of ``vision`` on normalised pixels ``(B, 3, H, W)``.
         architecture: every number that changes the tokens, for the fingerprint.
         norm_missing: why ``norm=True`` is refused, where the family has a final norm and this checkpoint lacks it.
+        fingerprint_skips: parameters the file does not hold and no forward passes through.
+        identity: tensors to fingerprint in place of the model's, where the library renames them from version to version.
     """
 
     def __init__(
@@ -132,6 +160,7 @@ class Tower(Encoder):
         architecture: Mapping[str, Any],
         norm_missing: str | None = None,
         fingerprint_skips: tuple[str, ...] = (),
+        identity: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._model = model
         self._blocks = list(blocks)
@@ -141,9 +170,10 @@ class Tower(Encoder):
         self._norm_missing = norm_missing
         self._mean = torch.tensor(facts.mean).view(1, 3, 1, 1)
         self._std = torch.tensor(facts.std).view(1, 3, 1, 1)
-        weights = {
+        kept = {
             n.replace("vision_model.", "", 1): t for n, t in model.state_dict().items() if n not in fingerprint_skips
         }
+        weights = kept if identity is None else identity
         self.facts = replace(
             facts,
             params=sum(p.numel() for n, p in vision.named_parameters() if n not in fingerprint_skips),
