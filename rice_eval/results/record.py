@@ -28,8 +28,10 @@ __all__ = [
     "canonical_json",
     "differences",
     "field_digests",
+    "record_text",
     "seal",
     "settings_hash",
+    "text_sha256",
 ]
 
 SCHEMA_VERSION = 1
@@ -188,7 +190,7 @@ class Record(_Strict):
         default_factory=dict,
         description="field -> first 12 digits of the sha256 of its canonical JSON; names an edited field",
     )
-    sha256: str = Field("", description="of the canonical JSON of every other field")
+    sha256: str = Field("", description="of the file with this one value left empty")
 
     @model_validator(mode="after")
     def _headline(self) -> Record:
@@ -222,19 +224,32 @@ class Record(_Strict):
     @property
     def identity(self) -> str:
         """16 hexadecimal digits that say what was run: comparability key, encoder, its weights and the seeds."""
-        facts = [self.comparability_key, self.encoder.name, self.encoder.sha256, self.protocol.hash, list(self.seeds)]
-        return hashlib.sha256(canonical_json(facts).encode()).hexdigest()[:16]
+        return self.identity_of(self.comparability_key)
+
+    def identity_of(self, comparability_key: str) -> str:
+        """``identity`` for a caller that has the comparability key at hand."""
+        facts = (comparability_key, self.encoder.name, self.encoder.sha256, self.protocol.hash, *map(str, self.seeds))
+        return hashlib.sha256("\x00".join(facts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     def sealed(self) -> Record:
         """The same record with its digests and hash filled in."""
         return self.model_copy(update=dict(zip(("digests", "sha256"), seal(self.model_dump(mode="json")))))
 
 
+def record_text(content: Mapping[str, Any]) -> str:
+    """A record's file: JSON with sorted keys, one blank of indent a level, floats as Python's shortest repr, a final newline."""
+    return json.dumps(content, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def text_sha256(content: Mapping[str, Any]) -> str:
+    """What a record's ``sha256`` must be: of its file with that one value left empty."""
+    return hashlib.sha256(record_text({**content, "sha256": ""}).encode()).hexdigest()
+
+
 def seal(content: Mapping[str, Any]) -> tuple[dict[str, str], str]:
-    """``digests`` and ``sha256`` of a record given as plain JSON values; old ones in ``content`` are left out."""
+    """``digests`` and ``sha256`` of a record given as plain JSON values; old ones in ``content`` don't matter."""
     digests = field_digests(content)
-    body = {k: v for k, v in content.items() if k not in ("sha256", "digests")} | {"digests": digests}
-    return digests, hashlib.sha256(canonical_json(body).encode()).hexdigest()
+    return digests, text_sha256({**content, "digests": digests})
 
 
 def field_digests(content: Mapping[str, Any]) -> dict[str, str]:

@@ -29,9 +29,11 @@ from rice_eval.results.record import (
     SCHEMA_VERSION,
     Record,
     StatisticsFile,
-    canonical_json,
     field_digests,
+    record_text,
+    seal,
     settings_hash,
+    text_sha256,
 )
 
 __all__ = [
@@ -107,20 +109,18 @@ class ResultStore:
             record = record.model_copy(update={"statistics": entry})
         try:
             sealed = record.sealed()
-            _check(sealed.model_dump(mode="json"), path)
-            text = json.dumps(
-                sealed.model_dump(mode="json"), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False
-            )
+            text = record_text(sealed.model_dump(mode="json"))
         except ValueError as error:
             raise RecordError(
                 f"{path}: a value can't be written as JSON ({error})", "report infinite and NaN values as None"
             ) from error
+        _check_protocol(sealed, path)
         with FileLock(str(self.root / "records" / ".lock")):
             if path.exists():
                 _announce(load_record(path), sealed, path)
             if packed is not None and sealed.statistics is not None:
                 write_atomic(path.with_name(sealed.statistics.file), packed)
-            write_atomic(path, (text + "\n").encode())
+            write_atomic(path, text.encode())
             for stale in path.parent.glob(f"{path.stem}.*.npz"):
                 if sealed.statistics is None or stale.name != sealed.statistics.file:
                     stale.unlink()
@@ -152,6 +152,9 @@ def _announce(old: Record, new: Record, path: Path) -> None:
             )  # fmt: skip
 
 
+_SEAL = re.compile(rb'\n "sha256": "([0-9a-f]{64})"')  # one blank of indent: only the top level's
+
+
 def load_record(path: Path | str) -> Record:
     """Read one record and check it: version, schema, hash.
 
@@ -161,20 +164,35 @@ def load_record(path: Path | str) -> Record:
         RecordError: names the file and the field that is unknown, missing, edited or of a newer version.
     """
     path = Path(path)
-    return _load(path, _read(path))
+    data = _read(path)
+    match = _SEAL.search(data)
+    if match is not None:
+        # The common case, fast: the bytes are as the store wrote them.
+        start, end = match.span(1)
+        if hashlib.sha256(data[:start] + data[end:]).hexdigest().encode() == match[1]:
+            try:
+                record = Record.model_validate_json(data, strict=True)
+            except ValidationError:
+                pass  # an older or newer version, or a file sealed by something else: say what is wrong below
+            else:
+                _check_protocol(record, path)
+                return record
+    return _load_slowly(path, data)
 
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            return file.read()
     except OSError as error:
         raise RecordError(f"{path}: can't be read ({error.strerror})", "check the path and its permissions") from error
 
 
-def _load(path: Path, data: bytes) -> Record:
+def _load_slowly(path: Path, data: bytes) -> Record:
+    """Any file: an edited one, one laid out anew by an editor, an older version, or none of ours."""
     try:
         content = json.loads(data, parse_constant=_refuse_constant)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"{path}: is not JSON ({error})", _RERUN) from error
     if not isinstance(content, dict) or "schema_version" not in content:
         raise RecordError(f"{path}: is not a record: it has no field 'schema_version'", "point at a folder of records")
@@ -189,15 +207,15 @@ def _load(path: Path, data: bytes) -> Record:
     if version < SCHEMA_VERSION:
         _check_hash(content, path)
         content = migrate(content, path)
-        data = canonical_json(content).encode()
     try:
         # Strict JSON mode: "45.1" is not a number here, while a list still is a tuple.
-        record = Record.model_validate_json(data, strict=True)
+        record = Record.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
         raise RecordError(
             f"{path}: {first_problem(error)}", f"fields of a record: {', '.join(Record.model_fields)}"
         ) from error
-    _check(content, path)
+    _check_hash(content, path)
+    _check_protocol(record, path)
     return record
 
 
@@ -205,31 +223,27 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a number JSON knows")
 
 
-def _check(content: Plain, path: Path) -> None:
-    """Hash of the file, and the protocol's hash against its settings."""
-    _check_hash(content, path)
-    protocol = content["protocol"]
-    expected = settings_hash(protocol["id"], protocol["version"], protocol["settings"])
-    if protocol["hash"] != expected:
+def _check_protocol(record: Record, path: Path) -> None:
+    protocol = record.protocol
+    expected = settings_hash(protocol.id, protocol.version, protocol.settings)
+    if protocol.hash != expected:
         raise RecordError(
-            f"{path}: field 'protocol.hash' is {protocol['hash']}, but the protocol's id, version and settings give {expected}",
+            f"{path}: field 'protocol.hash' is {protocol.hash}, but the protocol's id, version and settings give {expected}",
             _RERUN,
         )
 
 
 def _check_hash(content: Plain, path: Path) -> None:
-    body = {k: v for k, v in content.items() if k != "sha256"}
     try:
-        actual = hashlib.sha256(canonical_json(body).encode()).hexdigest()
-    except UnicodeEncodeError as error:
-        raise RecordError(f"{path}: holds text that is no Unicode ({error.reason})", _RERUN) from error
-    if actual == content.get("sha256"):
-        return
+        if text_sha256(content) == content.get("sha256"):
+            return
+        now = field_digests(content)
+    except (ValueError, AttributeError, TypeError) as error:  # lone surrogates, infinities, fields of the wrong kind
+        raise RecordError(f"{path}: its hash can't be checked ({error})", _RERUN) from error
     stored = content.get("digests")
     stored = stored if isinstance(stored, dict) else {}
-    now = field_digests(content)
     edited = sorted(name for name in {*stored, *now} if stored.get(name) != now.get(name))
-    if len(edited) == 0:
+    if not edited:
         raise RecordError(f"{path}: field 'sha256' was edited: it does not match the record", _RERUN)
     names = ", ".join(f"'{name}'" for name in edited[:5]) + (", …" if len(edited) > 5 else "")
     raise RecordError(f"{path}: field {names} was edited after the run: the record's hash does not match", _RERUN)
@@ -241,8 +255,6 @@ def migrate(content: Plain, path: Path) -> Plain:
     Raises:
         RecordError: there is no way from its version.
     """
-    from rice_eval.results.record import seal
-
     for version in range(content["schema_version"], SCHEMA_VERSION):
         if version not in MIGRATIONS:
             raise RecordError(

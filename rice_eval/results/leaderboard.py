@@ -1,0 +1,340 @@
+"""Leaderboards from records. A board is one comparability key; there is no rank across keys.
+
+``build`` is a pure function of the records: the same records, in any order, give the same boards, and ``tables`` the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from rice_eval.errors import RecordError, UsageError
+from rice_eval.metrics.statistics import METRICS, Floats, MetricInfo, Statistics
+from rice_eval.results.bootstrap import replicates, same_images, student_quantile
+from rice_eval.results.ranks import borda, competition_ranks, mean_win_rate, rank_intervals
+from rice_eval.results.record import Record
+from rice_eval.results.store import StoredRecord
+
+__all__ = ["Board", "Leaderboard", "RankMethod", "Row", "Standing", "build"]
+
+RankMethod = Literal["auto", "paired", "intervals"]
+
+_RESAMPLES = 1000
+_PAIRED_LIMIT = 400_000
+"""Records times images up to which ``auto`` resamples statistics: about half a minute of work."""
+
+_Z = 1.959963984540054  # normal quantile of 0.975
+
+
+@dataclass(frozen=True)
+class Row:
+    """An encoder on a board.
+
+    Attributes:
+        encoder: label, unique among all records given: the name, with ``@`` and eight digits of the weights' sha256 where
+            several weights go by one name.
+        records: one a seed, by seed.
+        value: mean over seeds.
+        low, high: 95 % interval over images, and over seeds where there are several; None where a record has none.
+        seed_sd: standard deviation over seeds, None for one seed.
+        rank: 1 is best; equal values share a rank.
+        ranks: 95 % interval of the rank.
+        near_best: whether the rank's interval holds 1: not told apart from the best by this set.
+    """
+
+    encoder: str
+    records: tuple[StoredRecord, ...]
+    value: float
+    low: float | None
+    high: float | None
+    seed_sd: float | None
+    rank: int
+    ranks: tuple[int, int]
+    near_best: bool
+
+    @property
+    def record(self) -> Record:
+        """The record of the first seed: encoder facts, cost."""
+        return self.records[0].record
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """All seeds."""
+        return tuple(s for r in self.records for s in r.record.seeds)
+
+
+@dataclass(frozen=True)
+class Board:
+    """The encoders of one comparability key, best first.
+
+    Attributes:
+        name: column name: the task, with protocol, metric and key where the task has several boards.
+        method: how rank intervals were made: ``paired`` (bootstrap over the same images for all) or ``intervals`` (draws
+            from each record's interval, images taken as independent between encoders).
+    """
+
+    name: str
+    key: str
+    task: str
+    protocol: str
+    protocol_hash: str
+    split: str
+    metric: str
+    info: MetricInfo
+    images: int
+    rows: tuple[Row, ...]
+    method: str
+
+
+@dataclass(frozen=True)
+class Standing:
+    """An encoder over all boards it is on."""
+
+    encoder: str
+    record: Record
+    boards: int
+    mean_win_rate: float | None
+    borda: float
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """Boards by name, and standings by mean win rate (then by name)."""
+
+    boards: tuple[Board, ...]
+    standings: tuple[Standing, ...]
+
+
+def build(stored: Iterable[StoredRecord], method: RankMethod = "auto") -> Leaderboard:
+    """Boards and standings.
+
+    Args:
+        stored: records, in any order.
+        method: how rank intervals are made, see ``Board.method``; ``auto`` takes ``paired`` where every record of a board has
+            its statistics and the work stays small.
+
+    Raises:
+        RecordError: two records of the same run with different contents; statistics missing for ``paired``.
+        UsageError: an unknown method.
+    """
+    if method not in ("auto", "paired", "intervals"):
+        raise UsageError(f"ranks can't be made by '{method}'", "choose auto, paired or intervals")
+    keyed = _unique(stored)
+    entries = [entry for _, entry in keyed]
+    labels = _labels(entries)
+    by_key: dict[str, dict[str, list[StoredRecord]]] = {}
+    for key, entry in keyed:
+        label = labels[entry.record.encoder.name, entry.record.encoder.sha256]
+        by_key.setdefault(key, {}).setdefault(label, []).append(entry)
+    work = sum(e.record.statistics.images for e in entries if e.record.statistics is not None)
+    small = work <= _PAIRED_LIMIT
+    names = _board_names({key: next(iter(rows.values()))[0].record for key, rows in by_key.items()})
+    boards = [_board(names[key], key, rows, method, small) for key, rows in by_key.items()]
+    boards.sort(key=lambda b: b.name)
+    return Leaderboard(tuple(boards), _standings(boards))
+
+
+def _unique(stored: Iterable[StoredRecord]) -> list[tuple[str, StoredRecord]]:
+    """Every run once with its comparability key, in an order that depends on the records alone."""
+    found: dict[str, tuple[str, StoredRecord]] = {}
+    keys: dict[tuple[str, ...], str] = {}
+    for entry in stored:
+        record = entry.record
+        task = record.task
+        facts = (
+            task.name, task.train_fingerprint, task.test_fingerprint, task.test_split, record.metric, record.protocol.id,
+            record.protocol.hash, *record.skipped,
+        )  # fmt: skip
+        # What the key is made of (the protocol's hash says more than enough): worked out once a set, not once a record.
+        key = keys.get(facts)
+        if key is None:
+            key = keys[facts] = record.comparability_key
+        identity = record.identity_of(key)
+        _, other = found.setdefault(identity, (key, entry))
+        if other.record.sha256 != record.sha256:
+            raise RecordError(
+                f"{entry.path} and {other.path} are two records of the same run ({record.encoder.name} on "
+                f"{record.task.name}) with different contents",
+                "keep one of them",
+            )
+    ordered = sorted(found, key=lambda i: (found[i][1].record.encoder.name, found[i][1].record.seeds, i))
+    return [found[identity] for identity in ordered]
+
+
+def _labels(entries: Sequence[StoredRecord]) -> dict[tuple[str, str], str]:
+    weights: dict[str, set[str]] = {}
+    for entry in entries:
+        weights.setdefault(entry.record.encoder.name, set()).add(entry.record.encoder.sha256)
+    return {
+        (name, sha): name if len(shas) == 1 else f"{name}@{sha[:8]}" for name, shas in weights.items() for sha in shas
+    }
+
+
+def _board_names(records: dict[str, Record]) -> dict[str, str]:
+    """The shortest of task, task + protocol + metric, and these with the key, that tells a task's boards apart."""
+    by_task: dict[str, list[str]] = {}
+    for key, record in records.items():
+        by_task.setdefault(record.task.name, []).append(key)
+    names = {}
+    for task, keys in by_task.items():
+        longer = {k: f"{task} {records[k].protocol.id} {records[k].metric}" for k in keys}
+        for key in keys:
+            if len(keys) == 1:
+                names[key] = task
+            elif list(longer.values()).count(longer[key]) == 1:
+                names[key] = longer[key]
+            else:
+                names[key] = f"{longer[key]} {key[:8]}"
+    return names
+
+
+@dataclass(frozen=True)
+class _Score:
+    value: float
+    low: float | None
+    high: float | None
+    seed_sd: float | None
+    se: float
+
+
+def _board(name: str, key: str, rows: dict[str, list[StoredRecord]], method: RankMethod, small: bool) -> Board:
+    first = next(iter(rows.values()))[0].record
+    info = METRICS.get(first.metric, MetricInfo(first.metric, higher_is_better=first.headline.higher_is_better))
+    sign = 1.0 if info.higher_is_better else -1.0
+    scores = {label: _score([e.record for e in entries]) for label, entries in rows.items()}
+    draws = None
+    if method == "paired" or (method == "auto" and small):
+        draws = _paired_draws(rows, scores, required=method == "paired")
+    used = "intervals" if draws is None else "paired"
+    if draws is None:
+        draws = _independent_draws(key, scores)
+    places = competition_ranks(sign * np.array([s.value for s in scores.values()]))
+    spans = rank_intervals(sign * draws)
+    made = []
+    for (label, entries), score, place, span in zip(rows.items(), scores.values(), places, spans):
+        ranks = (min(int(place), span[0]), max(int(place), span[1]))
+        made.append(
+            Row(
+                label,
+                tuple(entries),
+                score.value,
+                score.low,
+                score.high,
+                score.seed_sd,
+                int(place),
+                ranks,
+                ranks[0] == 1,
+            )
+        )
+    made.sort(key=lambda r: (r.rank, r.encoder))
+    return Board(
+        name=name,
+        key=key,
+        task=first.task.name,
+        protocol=first.protocol.id,
+        protocol_hash=first.protocol.comparable_hash,
+        split=first.task.test_split,
+        metric=first.metric,
+        info=info,
+        images=first.task.n_test,
+        rows=tuple(made),
+        method=used,
+    )
+
+
+def _score(records: Sequence[Record]) -> _Score:
+    values = np.array([r.headline.value for r in records])
+    value = float(values.mean())
+    sd = float(values.std(ddof=1)) if len(values) > 1 else None
+    bounds = [(r.headline.low, r.headline.high) for r in records]
+    if any(low is None or high is None for low, high in bounds):
+        return _Score(value, None, None, sd, 0.0 if sd is None else sd / math.sqrt(len(values)))
+    down = float(np.mean([r.headline.value - (r.headline.low or 0.0) for r in records]))
+    up = float(np.mean([(r.headline.high or 0.0) - r.headline.value for r in records]))
+    se_images = (up + down) / (2 * _Z)
+    if sd is None:
+        return _Score(value, bounds[0][0], bounds[0][1], None, se_images)
+    # Images are the same for all seeds, so their part does not shrink with the number of seeds; the heads' part does.
+    se_seeds = sd / math.sqrt(len(values))
+    se = math.hypot(se_images, se_seeds)
+    if se == 0.0:
+        return _Score(value, value, value, sd, 0.0)
+    freedom = se**4 / (se_images**4 / max(1, records[0].task.n_test - 1) + se_seeds**4 / (len(values) - 1))
+    stretch = se * student_quantile(0.975, freedom) / (_Z * se_images) if se_images > 0 else math.inf
+    if math.isinf(stretch):
+        half = se * student_quantile(0.975, freedom)
+        return _Score(value, value - half, value + half, sd, se)
+    return _Score(value, value - down * stretch, value + up * stretch, sd, se)
+
+
+def _paired_draws(rows: dict[str, list[StoredRecord]], scores: dict[str, _Score], required: bool) -> Floats | None:
+    """``(R, E)`` bootstrap replicates around each value, over the same images; None where a record has no statistics."""
+    if len(rows) < 2:
+        return None
+    columns = []
+    images: Statistics | None = None
+    rng = np.random.default_rng(0)
+    for label, entries in rows.items():
+        parts = []
+        for entry in entries:
+            if entry.record.statistics is None:
+                if required:
+                    raise RecordError(
+                        f"{entry.path}: has no per-image statistics, which paired ranks need",
+                        "leave out --ranks paired, or run the evaluation again",
+                    )
+                return None
+            statistics = entry.statistics()
+            if images is None:
+                images = statistics
+            try:
+                same_images(images, statistics)
+            except ValueError as error:
+                raise RecordError(
+                    f"{entry.path}: {error}", "the test split changed under the records; run again"
+                ) from error
+            found = replicates(statistics, _RESAMPLES)
+            if entry.record.metric not in found:
+                raise RecordError(
+                    f"{entry.path}: its statistics don't give the headline metric '{entry.record.metric}'",
+                    "run the evaluation again",
+                )
+            parts.append(found[entry.record.metric])
+        column = np.mean(parts, axis=0)
+        finite = np.isfinite(column)
+        if not finite.any():
+            return None
+        column = np.where(finite, column, column[finite].mean())
+        column = column - column.mean() + scores[label].value
+        sd = scores[label].seed_sd
+        if sd is not None:
+            column = column + rng.normal(0.0, sd / math.sqrt(len(entries)), _RESAMPLES)
+        columns.append(column)
+    return np.stack(columns, axis=1)
+
+
+def _independent_draws(key: str, scores: dict[str, _Score]) -> Floats:
+    """``(R, E)`` normal draws around each value with the width of its interval."""
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+    normal = np.random.default_rng(seed).standard_normal((_RESAMPLES, len(scores)))
+    centre = np.array([s.value for s in scores.values()])
+    return centre + normal * np.array([s.se for s in scores.values()])
+
+
+def _standings(boards: Sequence[Board]) -> tuple[Standing, ...]:
+    signed = [{r.encoder: (1.0 if b.info.higher_is_better else -1.0) * r.value for r in b.rows} for b in boards]
+    wins, points = mean_win_rate(signed), borda(signed)
+    first: dict[str, Record] = {}
+    count: dict[str, int] = {}
+    for board in boards:
+        for row in board.rows:
+            first.setdefault(row.encoder, row.record)
+            count[row.encoder] = count.get(row.encoder, 0) + 1
+    made = [Standing(name, record, count[name], wins.get(name), points[name]) for name, record in first.items()]
+    made.sort(key=lambda s: (-(s.mean_win_rate if s.mean_win_rate is not None else -1.0), s.encoder))
+    return tuple(made)
