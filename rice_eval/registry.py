@@ -134,6 +134,11 @@ datasets: Registry[object] = Registry(
         "voc2012": "rice_eval.datasets.voc:voc2012",
         "pascal-context": "rice_eval.datasets.voc:pascal_context",
         "folder": "rice_eval.datasets.folder:factory",
+        "coco": "rice_eval.datasets.detection:coco",
+        "coco-format": "rice_eval.datasets.detection:coco_format",
+        "lvis": "rice_eval.datasets.detection:lvis",
+        "voc-detection": "rice_eval.datasets.voc:voc_detection",
+        "roboflow100": "rice_eval.datasets.roboflow:factory",
     },
 )
 protocols: Registry[object] = Registry(

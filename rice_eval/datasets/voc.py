@@ -7,17 +7,18 @@ from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
+from xml.etree import ElementTree
 
 import numpy as np
 from pydantic import field_validator
 
-from rice_eval.datasets.base import IGNORE, Dataset, DatasetOptions, Labels, check_options
-from rice_eval.datasets.files import need_split
+from rice_eval.datasets.base import IGNORE, Dataset, DatasetOptions, Instances, Labels, check_options
+from rice_eval.datasets.files import FileDataset, need_files, need_split
 from rice_eval.datasets.segmentation import MaskDataset, NoOptions, class_table
 from rice_eval.datasets.storage import Storage, open_storage
 from rice_eval.errors import DataError, MissingExtraError
 
-__all__ = ["pascal_context", "read_list", "voc2012"]
+__all__ = ["VocDetection", "pascal_context", "read_list", "voc2012", "voc_detection"]
 
 SBD = ("benchmark_RELEASE/dataset", "VOCaug/dataset", "sbd", "SBD", "dataset")
 """Where the Semantic Boundaries Dataset lies below the data folder: as released, as mmsegmentation and torchvision keep it."""
@@ -113,15 +114,17 @@ def _augmented(whole: Storage, root: str, train: set[str], layout: str) -> tuple
     raise DataError(f"{whole.label(root)}: no labels of SBD for split trainaug", f"expected layout: {layout}")
 
 
+def _number(value: object) -> object:
+    """A number given as text, as a command line does."""
+    return int(value) if isinstance(value, str) and value.isdigit() else value
+
+
 class ContextOptions(DatasetOptions):
     """``classes``: 59 (background is ignored) or 60 (background is a class)."""
 
     classes: Literal[59, 60] = 59
 
-    @field_validator("classes", mode="before")
-    @classmethod
-    def _number(cls, value: object) -> object:
-        return int(value) if isinstance(value, str) and value.isdigit() else value
+    _digits = field_validator("classes", mode="before")(_number)
 
 
 def pascal_context(split: str, data: Path | None, options: Mapping[str, Any]) -> Dataset:
@@ -141,3 +144,70 @@ def pascal_context(split: str, data: Path | None, options: Mapping[str, Any]) ->
     masks = [f"SegmentationClassContext/{key}.png" for key in ids]
     table = (names[skip:], palette[skip:])
     return MaskDataset("pascal-context", split, storage, images, masks, table, values, layout, annotations=[source])
+
+
+class DetectionOptions(DatasetOptions):
+    """``year``: which of the releases below VOCdevkit."""
+
+    year: Literal[2007, 2012] = 2007
+
+    _digits = field_validator("year", mode="before")(_number)
+
+
+class VocDetection(FileDataset):
+    """VOC boxes. Corners are 1-based and inclusive in the XML: ``xmin - 1, ymin - 1, xmax, ymax`` here. Objects marked
+    difficult are neither targets nor mistakes, which ``crowd`` says."""
+
+    provides = frozenset({"instances"})
+
+    def __init__(self, split: str, storage: Storage, root: str, source: str, layout: str) -> None:
+        self.things = class_table("voc2012")[0][1:]
+        ids = read_list(storage, source)
+        images = [posixpath.join(root, f"JPEGImages/{key}.jpg") for key in ids]
+        self.xmls = [posixpath.join(root, f"Annotations/{key}.xml") for key in ids]
+        need_files(storage, images, "image", layout)
+        need_files(storage, self.xmls, "annotation", layout)
+        super().__init__(
+            "voc-detection", split, storage, images, annotations=[source], maps=self.xmls, facts={"difficult": "crowd"}
+        )
+
+    def instances(self, index: int) -> Instances:
+        """See ``Dataset``; ids count objects of the image from 0, areas are of boxes."""
+        label = self.storage.label(self.xmls[index])
+        rows: list[tuple[float, float, float, float, int, bool]] = []
+        try:
+            root = ElementTree.fromstring(self.storage.read(self.xmls[index]))
+            for thing in root.iter("object"):
+                box = [float(thing.findtext(f"bndbox/{key}") or "nan") for key in ("xmin", "ymin", "xmax", "ymax")]
+                name = (thing.findtext("name") or "").strip()
+                if name not in self.things:
+                    raise DataError(f"{label}: an object named '{name}'", f"names are: {', '.join(self.things)}")
+                if not (box[0] <= box[2] and box[1] <= box[3]):
+                    raise DataError(f"{label}: '{name}' has the corners {box}", "mend the annotation")
+                difficult = (thing.findtext("difficult") or "0").strip() == "1"
+                rows.append((box[0] - 1, box[1] - 1, box[2], box[3], self.things.index(name), difficult))
+        except (ElementTree.ParseError, ValueError) as error:
+            raise DataError(f"{label}: not a VOC annotation ({error})", "fetch the file again") from error
+        boxes = np.array([row[:4] for row in rows], dtype=np.float64).reshape(-1, 4)
+        return Instances(
+            boxes=boxes,
+            labels=np.array([row[4] for row in rows], dtype=np.int64),
+            masks=None,
+            crowd=np.array([row[5] for row in rows], dtype=np.bool_),
+            area=(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]),
+            ids=np.arange(len(rows), dtype=np.int64),
+        )
+
+
+def voc_detection(split: str, data: Path | None, options: Mapping[str, Any]) -> Dataset:
+    """``voc-detection``: 20 classes; option ``year=2007|2012``; splits by their list (train, val, trainval, and test of 2007)."""
+    chosen = check_options("voc-detection", DetectionOptions, options)
+    need_split("voc-detection", split, ("train", "val", "trainval", "test"))
+    folder, source = f"VOC{chosen.year}", f"ImageSets/Main/{split}.txt"
+    layout = f"VOCdevkit/{folder}: {source}, JPEGImages/*.jpg, Annotations/*.xml"
+    storage = open_storage(data, "voc-detection", layout)
+    wrapped = posixpath.join(folder, source)
+    if data is not None and data.name == folder and storage.exists(source):
+        return VocDetection(split, storage, "", source, layout)
+    storage = storage.rooted([wrapped], "voc-detection", layout)
+    return VocDetection(split, storage, folder, wrapped, layout)
