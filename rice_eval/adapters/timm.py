@@ -32,7 +32,7 @@ from rice_eval.adapters.blocks import (
 from rice_eval.errors import CardError, CheckpointError, MissingExtraError, NotFoundError, PlanError, UsageError
 from rice_eval.registry import did_you_mean
 
-__all__ = ["TimmMaps", "TimmTokens", "adapter"]
+__all__ = ["TimmMaps", "TimmTokens", "adapter", "gives_tokens", "prefix_of", "stored_grid"]
 
 _OPTIONS = {"img_size", "positions"}
 
@@ -60,7 +60,7 @@ class TimmTokens(_Sized):
 
     def _encode(self, images: Tensor, layers: tuple[int, ...], norm: bool) -> Tokens:
         model: Any = self.module
-        n_prefix, n_cls = _prefix(model)
+        n_prefix, n_cls = prefix_of(model)
         taken = model.forward_intermediates(
             self.normalise(images),
             indices=[layer - 1 for layer in layers],
@@ -102,14 +102,15 @@ def _is_sam(model: Any) -> bool:
     return type(model).__name__ == "VisionTransformerSAM"
 
 
-def _prefix(model: Any) -> tuple[int, int]:
+def prefix_of(model: Any) -> tuple[int, int]:
     """How many tokens come before the patches, and how many of them (0 or 1) are the class token."""
     n_prefix = int(getattr(model, "num_prefix_tokens", 0) or 0)
     holder = getattr(model, "embeds", model)
     return n_prefix, int(n_prefix > 0 and getattr(holder, "cls_token", None) is not None)
 
 
-def _gives_tokens(model: Any) -> bool:
+def gives_tokens(model: Any) -> bool:
+    """Whether the model is a Vision Transformer whose blocks give tokens, class and register tokens apart."""
     return "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
 
 
@@ -130,7 +131,7 @@ def _create(timm: Any, name: str, pretrained: bool, options: Mapping[str, Any]) 
     return model, not strict
 
 
-def _stored_grid(tensors: Mapping[str, Tensor], n_prefix: int) -> int | None:
+def stored_grid(tensors: Mapping[str, Tensor], n_prefix: int) -> int | None:
     """Side of the learned position grid in a checkpoint, or None where it has none or it is not square."""
     for name, value in tensors.items():
         if name.endswith(("pos_embed", "positional_embedding", "position_embedding.weight")) and value.ndim in (2, 3):
@@ -249,8 +250,8 @@ def _build(timm: Any, request: LoadRequest, name: str) -> tuple[Any, bool, str, 
         shape, _ = _create(timm, name, False, kwargs)
     tensors = read_state_dict(request.weights)
     learned = getattr(shape, "pos_embed", None)
-    if _gives_tokens(shape) and learned is not None and learned.ndim == 3:
-        side = _stored_grid(tensors, _prefix(shape)[0])
+    if gives_tokens(shape) and learned is not None and learned.ndim == 3:
+        side = stored_grid(tensors, prefix_of(shape)[0])
         if side is not None and side != shape.patch_embed.grid_size[0]:
             kwargs = {**kwargs, "img_size": side * int(shape.patch_embed.patch_size[0])}
             notes.append(f"position grid {side} x {side} as stored")
@@ -279,7 +280,7 @@ def adapter(request: LoadRequest) -> Encoder:
     config = model.pretrained_cfg
     mean = request.card.mean or tuple(config.get("mean", IMAGENET_MEAN))
     std = request.card.std or tuple(config.get("std", IMAGENET_STD))
-    tokens = _gives_tokens(model)
+    tokens = gives_tokens(model)
     widths = tuple(int(stage["num_chs"]) for stage in model.feature_info)
     strides = tuple(int(stage["reduction"]) for stage in model.feature_info)
     resolution = int(config["input_size"][-1])
@@ -287,7 +288,7 @@ def adapter(request: LoadRequest) -> Encoder:
     if tokens and grid is not None:
         resolution = int(grid[0]) * strides[0]
     if request.card.options.get("positions"):
-        if type(model).__name__ != "VisionTransformer" or _prefix(model) != (1, 1) or model.no_embed_class:
+        if type(model).__name__ != "VisionTransformer" or prefix_of(model) != (1, 1) or model.no_embed_class:
             raise CardError(f"encoder '{request.card.name}': positions: dinov2 does not fit {name}", "leave it out")
         _dinov2_positions(model)
     if tokens and isinstance(model.norm, nn.Identity):
