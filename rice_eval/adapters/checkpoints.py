@@ -30,6 +30,7 @@ __all__ = [
     "Checkpoint",
     "TensorInfo",
     "compare",
+    "differences",
     "expand",
     "few",
     "open_checkpoint",
@@ -207,6 +208,15 @@ def strip_wrappers(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint.renamed(names, taken) if taken else checkpoint
 
 
+def differences(
+    have: Mapping[str, TensorInfo], want: Mapping[str, tuple[int, ...]], ignore: Collection[str] = ()
+) -> tuple[list[str], list[str], list[str]]:
+    """Names that are missing, unexpected, and of another shape; arguments as in ``compare``."""
+    missing = [name for name in want if name not in have]
+    unexpected = [name for name in have if name not in want and name not in ignore]
+    return missing, unexpected, [name for name in want if name in have and have[name].shape != want[name]]
+
+
 def compare(
     have: Mapping[str, TensorInfo],
     want: Mapping[str, tuple[int, ...]],
@@ -227,9 +237,7 @@ def compare(
     Raises:
         CheckpointError: missing or unexpected names, or shapes that differ; the first few are named.
     """
-    missing = [name for name in want if name not in have]
-    unexpected = [name for name in have if name not in want and name not in ignore]
-    shapes = [name for name in want if name in have and have[name].shape != want[name]]
+    missing, unexpected, shapes = differences(have, want, ignore)
     problems = []
     if missing:
         problems.append(f"{len(missing)} keys missing ({few(missing)})")

@@ -18,7 +18,7 @@ from rice_eval.adapters.text import Words
 from rice_eval.adapters.tower import Tower, build, core, fill, shapes_of, transformers_module, unit
 from rice_eval.errors import CheckpointError
 
-__all__ = ["DualTower", "Found", "Spec", "check_numbers", "load", "square_root"]
+__all__ = ["DualTower", "Found", "Spec", "check_numbers", "class_of", "load", "settings_of", "square_root"]
 
 CONTAINERS = ("visual.", "vision_tower.")
 TEXTS_AT_ONCE = 256
@@ -124,7 +124,7 @@ def check_numbers(
             )
 
 
-def _settings(found: Found, spec: Spec, request: LoadRequest, library: Any) -> tuple[Any, list[str]]:
+def settings_of(found: Found, spec: Spec, request: LoadRequest, library: Any) -> tuple[Any, list[str]]:
     """transformers' configuration object and what was assumed for it."""
     path, checkpoint = found.checkpoint.path, found.checkpoint
     config = checkpoint.config()
@@ -223,6 +223,13 @@ def _from_card(
     return getattr(library, spec.full_config)(**full), notes
 
 
+def class_of(found: Found, spec: Spec) -> str:
+    """The transformers class that holds what the file holds."""
+    if found.text is not None:
+        return spec.full
+    return spec.projected if found.projection is not None and spec.projected else spec.vision
+
+
 class DualTower(Tower):
     """A ``Tower`` that embeds whole images, and texts where the checkpoint has a text tower."""
 
@@ -302,11 +309,8 @@ def load(
         raise CheckpointError(
             f"{where}: {len(found.outside)} keys unexpected ({few(found.outside)})", "save the model's own state dict"
         )
-    config, notes = _settings(found, spec, request, library)
-    if found.text is not None:
-        name = spec.full
-    else:
-        name = spec.projected if found.projection is not None and spec.projected else spec.vision
+    config, notes = settings_of(found, spec, request, library)
+    name = class_of(found, spec)
     model = build(getattr(library, name), config, where)
     holder = model if found.vision_at else core(model)
     fix = "the file is not whole or of another architecture; rice-eval encoders inspect shows what it holds"

@@ -234,7 +234,9 @@ def config_for(found: Found, request: LoadRequest | None = None) -> dict[str, An
     out: dict[str, Any] = dict(numbers)
     native = told.get("image_size") or (request.card.resolution if request is not None else None)
     out["image_size"] = (
-        native if isinstance(native, int) and native % numbers["patch_size"] == 0 else 16 * numbers["patch_size"]
+        native
+        if isinstance(native, int) and native % numbers["patch_size"] == 0
+        else 40 * numbers["patch_size"]  # RICE's native grid is 40 x 40
     )
     out["hidden_act"] = told.get("hidden_act", "gelu")
     out["layer_norm_eps"] = float(told.get("layer_norm_eps", 1e-5))
@@ -264,7 +266,6 @@ def tensors_for(found: Found, config: Mapping[str, Any]) -> tuple[Any, dict[str,
     Raises:
         CheckpointError: names or shapes that do not match, in the file's own names.
     """
-    library = transformers_module("RICE")
     where = f"{found.checkpoint.path} (RICE, {found.label})"
     if (
         found.prefix
@@ -272,19 +273,32 @@ def tensors_for(found: Found, config: Mapping[str, Any]) -> tuple[Any, dict[str,
         and not any(c in found.prefix for c in _CONTAINERS)
     ):
         raise CheckpointError(f"{where}: unknown prefix '{found.prefix}'", "save the tower's own state dict")
-    if found.outside and not any(c in found.prefix for c in _CONTAINERS):
-        strangers = [n for n in found.checkpoint.tensors if not n.startswith(found.prefix)]
+    strangers = strangers_of(found)
+    if strangers:
         raise CheckpointError(
             f"{where}: {len(strangers)} keys unexpected ({few(strangers)})", "save the tower's own state dict"
         )
-    model = build(library.MLCDVisionModel, library.MLCDVisionConfig(**config), where)
-    want = shapes_of(core(model))
-    if not found.has_norm and (
-        found.layout is LLAVA_ONEVISION or found.checkpoint.metadata.get(ABSENT) == "post_layernorm"
-    ):
-        want = {n: s for n, s in want.items() if n not in POST_NORM}
+    model, want = empty(found, config)
     fix = "the file is not a whole RICE tower of this size; rice-eval encoders inspect shows what it holds"
     return model, load_tensors(found.checkpoint, found.layout, found.prefix, want, where, fix)
+
+
+def strangers_of(found: Found) -> list[str]:
+    """Names outside the tower that no surrounding model explains."""
+    if any(c in found.prefix for c in _CONTAINERS):
+        return []
+    return [n for n in found.checkpoint.tensors if not n.startswith(found.prefix)]
+
+
+def empty(found: Found, config: Mapping[str, Any]) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    """A model without storage, and the names and shapes the file must bring."""
+    library = transformers_module("RICE")
+    model = build(library.MLCDVisionModel, library.MLCDVisionConfig(**config), str(found.checkpoint.path))
+    want = shapes_of(core(model))
+    absent = found.layout is LLAVA_ONEVISION or found.checkpoint.metadata.get(ABSENT) == "post_layernorm"
+    if not found.has_norm and absent:
+        want = {n: s for n, s in want.items() if n not in POST_NORM}
+    return model, want
 
 
 def from_blocks(tokens: Tensor, grid: tuple[int, int], merge: int = 2) -> Tensor:
