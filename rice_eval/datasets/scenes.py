@@ -6,7 +6,6 @@ Cut-outs of fifteen classes and signs with text, on photos; the sprites, backgro
 
 from __future__ import annotations
 
-import colorsys
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -26,18 +25,24 @@ from rice_eval.datasets.base import (
     Question,
     TextLine,
     check_options,
-    files_fingerprint,
 )
+from rice_eval.datasets.scenes_facts import (
+    MAX_SIZE,
+    MIN_SIZE,
+    annotation_id,
+    check_numbers,
+    classes,
+    fingerprint,
+    palette,
+    things,
+)
+from rice_eval.datasets.scenes_folder import ScenesFolder
 from rice_eval.datasets.scenes_layout import GENERATOR
-from rice_eval.datasets.scenes_pack import SPLITS, pack
+from rice_eval.datasets.scenes_pack import pack
 from rice_eval.datasets.scenes_questions import questions
 from rice_eval.datasets.scenes_render import Scene, matches, render
-from rice_eval.errors import UsageError
 
-__all__ = ["MAX_SIZE", "MIN_SIZE", "Scenes", "ScenesOptions", "classes", "factory", "fingerprint", "palette", "things"]
-
-MIN_SIZE, MAX_SIZE = 64, 1024
-"""Sides in pixels that can be rendered: below, text is lost; above, sprites of 128 px are enlarged beyond use."""
+__all__ = ["Scenes", "ScenesOptions", "factory"]
 
 _CACHE_BYTES = 128 << 20  # some 600 renderings of 224 px
 
@@ -68,42 +73,6 @@ class _Cache:
 
 
 _cache = _Cache(_CACHE_BYTES)
-
-
-def things() -> tuple[str, ...]:
-    """Names of the instance classes: the fifteen kinds of things, then ``sign``."""
-    return (*pack().classes, "sign")
-
-
-def classes() -> tuple[str, ...]:
-    """Names of the semantic classes: ``background`` (evaluated like the others), then ``things()``."""
-    return ("background", *things())
-
-
-def palette() -> tuple[tuple[int, int, int], ...]:
-    """RGB a semantic class: a dark grey, hues around the wheel in two brightnesses, white for signs."""
-    count = len(pack().classes)
-    wheel = [colorsys.hsv_to_rgb(k / count, 0.75, 0.95 if k % 2 else 0.7) for k in range(count)]
-    colours = [(round(r * 255), round(g * 255), round(b * 255)) for r, g, b in wheel]
-    return ((40, 40, 40), *colours, (255, 255, 255))
-
-
-def fingerprint(split: str, n: int, size: int, seed: int, generator: int, assets: str) -> str:
-    """sha256 over all that decides the images and annotations of a split."""
-    facts = {"dataset": "scenes", "generator": generator, "assets": assets, "seed": seed}
-    return files_fingerprint([], {**facts, "split": split, "n": n, "size": size})
-
-
-def check_numbers(split: str, n: int, size: int, seed: int) -> None:
-    """UsageError unless the numbers describe scenes that can be made."""
-    if split not in SPLITS:
-        raise UsageError(f"dataset 'scenes' has no split '{split}'", f"its splits: {', '.join(SPLITS)}")
-    if not 1 <= n <= 1_000_000:
-        raise UsageError(f"dataset 'scenes': {n} scenes of split '{split}'", "ask for 1 to 1000000")
-    if not MIN_SIZE <= size <= MAX_SIZE:
-        raise UsageError(f"dataset 'scenes': size {size}", f"give {MIN_SIZE} to {MAX_SIZE} pixels a side")
-    if not 0 <= seed < 1 << 32:
-        raise UsageError(f"dataset 'scenes': seed {seed}", "give 0 to 4294967295")
 
 
 class Scenes(Dataset):
@@ -201,11 +170,6 @@ class Scenes(Dataset):
         return questions(self.scene(index), self.seed, self.split, index)
 
 
-def annotation_id(index: int, owner: int) -> int:
-    """The COCO annotation id of object ``owner`` (from 1) of scene ``index``: unique in a split, never 0."""
-    return index * 16 + owner
-
-
 class ScenesOptions(DatasetOptions):
     """Options of the reader.
 
@@ -224,8 +188,6 @@ def factory(split: str, data: Path | None, options: Mapping[str, Any]) -> Datase
     given = check_options("scenes", ScenesOptions, options)
     n = given.n_train if split == "train" else given.n_val
     if data is not None:
-        from rice_eval.datasets.scenes_folder import ScenesFolder
-
         return ScenesFolder(data, split, n=n, size=given.size, seed=given.seed)
     default = 300 if split == "train" else 150
     return Scenes(split, n or default, 224 if given.size is None else given.size, given.seed or 0)

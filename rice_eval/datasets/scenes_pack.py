@@ -58,7 +58,8 @@ def halve(image: Bytes) -> Bytes:
     quads = padded.reshape((height + 1) // 2, 2, (width + 1) // 2, 2, channels).swapaxes(1, 2).reshape(-1, 4, channels)
     shape = ((height + 1) // 2, (width + 1) // 2, channels)
     if channels != 4:
-        return ((quads.sum(1) + 2) >> 2).astype(np.uint8).reshape(shape)
+        plain: Bytes = ((quads.sum(1) + 2) >> 2).astype(np.uint8).reshape(shape)
+        return plain
     weight = quads[..., 3:]
     total = weight.sum(1)
     colour = ((quads[..., :3] * weight).sum(1) + (total >> 1)) // np.maximum(total, 1)

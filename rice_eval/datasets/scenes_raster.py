@@ -149,7 +149,8 @@ def sample(texture: Bytes, full: tuple[int, int], pose: Pose, window: tuple[int,
     fv = ((v >> 8) & 255).astype(np.int32)[..., None]
     top = (flat[at].astype(np.int32) << 8) + fu * (flat[at + 1].astype(np.int32) - flat[at])
     low = (flat[at + stride].astype(np.int32) << 8) + fu * (flat[at + stride + 1].astype(np.int32) - flat[at + stride])
-    return (((top << 8) + fv * (low - top) + (1 << 15)) >> 16).astype(np.uint8)
+    result: Bytes = (((top << 8) + fv * (low - top) + (1 << 15)) >> 16).astype(np.uint8)
+    return result
 
 
 def _div255(x: NDArray[np.int32]) -> NDArray[np.int32]:

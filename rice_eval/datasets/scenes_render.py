@@ -183,20 +183,33 @@ def render(seed: int, split: str, index: int, size: int, view: int = 0, items: C
         if not rows.size:
             continue
         box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-        facts = {"owner": k + 1, "index": placed.index, "distance": placed.distance / 1000, "box": box}
         things = len(items.sprites)
+        text: str | None = None
+        polygon: NDArray[np.float64] | None = None
+        legible = False
         if placed.index < things:
             sprite = items.sprites[placed.index]
-            colour = items.looks[placed.index].colour
-            objects.append(Object(label=sprite.label, name=sprite.name, colour=colour, area=int(mask.sum()), **facts))
+            label, name, colour = sprite.label, sprite.name, items.looks[placed.index].colour
         else:
             sign = items.signs[placed.index - things]
+            label, name, colour, text = len(pack().classes), "sign", sign.colour, sign.text
             polygon = _polygon(items, placed.index, poses[k])
             legible = bool(polygon.min() >= 0 and polygon.max() <= size and mask[_inside(polygon, size)].all())
-            objects.append(
-                Object(label=len(pack().classes), name="sign", colour=sign.colour, area=int(mask.sum()),
-                       text=sign.text, polygon=polygon, legible=legible, **facts)
-            )  # fmt: skip
+        objects.append(
+            Object(
+                k + 1,
+                placed.index,
+                label,
+                name,
+                colour,
+                placed.distance / 1000,
+                box,
+                int(mask.sum()),
+                text,
+                polygon,
+                legible,
+            )
+        )
     return Scene(image, owner, tuple(objects), tuple(poses))
 
 
