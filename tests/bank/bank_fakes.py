@@ -123,9 +123,8 @@ def source(
     chosen = encoder or FakeEncoder()
     kwargs.setdefault("batch_size", 3)
     kwargs.setdefault("workers", 2)
-    return open_source(
-        lambda: chosen, chosen.facts, dataset or FakeDataset(), view, layers, True, dtype, bank, **kwargs
-    )
+    data = FakeDataset() if dataset is None else dataset
+    return open_source(lambda: chosen, chosen.facts, data, view, layers, True, dtype, bank, **kwargs)
 
 
 def files(root: Path) -> dict[str, bytes]:

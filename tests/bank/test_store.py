@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import json
+import os
+import struct
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from bank_fakes import Collect, FakeDataset, files, source
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+from rice_eval.bank.manifest import Manifest
+from rice_eval.bank.shard import pack, unpack
+from rice_eval.bank.store import Bank, default_bank_root, folder_bytes
+from rice_eval.cli import bank as commands
+from rice_eval.errors import BankError, NotFoundError, UsageError
+
+
+def test_shards_are_plain_safetensors(tmp_path: Path):
+    made = source(tmp_path, FakeDataset(6), dtype="int8")
+    made.extract()
+    entry, manifest = Bank(tmp_path).entries()[0]
+    with safe_open(entry.shard(1), framework="pt") as shard:
+        assert set(shard.keys()) == {
+            "images", "sizes", "cls", "grid.1", "grid.3", "scale.1", "scale.3", "tokens.1", "tokens.3",
+        }  # fmt: skip
+        assert shard.get_tensor("images").tolist() == [4, 5]
+        assert shard.get_tensor("tokens.1").dtype == torch.int8
+        assert shard.get_tensor("cls").dtype == torch.float16
+        values = unpack(shard.get_tensor("tokens.3"), shard.get_tensor("scale.3"))
+    assert torch.equal(values[:16], made.reader()[4].patches[3][0])
+    raw = entry.shard(1).read_bytes()
+    assert struct.unpack("<Q", raw[:8])[0] % 8 == 0
+    assert manifest.shards[1].bytes == len(raw)
+
+
+@given(
+    st.lists(st.floats(-1e4, 1e4, width=32), min_size=4, max_size=4),
+    st.sampled_from([0.0, 1e-6, 1.0, 3e3]),
+)
+def test_int8_is_off_by_half_a_scale_at_most(row: list[float], size: float):
+    tokens = torch.tensor([row, [size] * 4], dtype=torch.float32)
+    values, scale = pack(tokens, "int8")
+    assert scale is not None
+    assert torch.all((unpack(values, scale) - tokens).abs() <= scale[:, None] * 0.5 * (1 + 1e-5))
+
+
+def test_a_token_of_zeros_stays_zeros():
+    values, scale = pack(torch.zeros(2, 4), "int8")
+    assert torch.equal(unpack(values, scale), torch.zeros(2, 4))
+
+
+def test_manifest_says_everything_in_clear_text(tmp_path: Path):
+    made = source(tmp_path)
+    made.extract()
+    plain = json.loads((tmp_path / made.key[:2] / made.key / "manifest.json").read_text())
+    assert plain["about"] == {"encoder": "fake", "dataset": "fake", "split": "train"}
+    assert plain["facts"]["view"] == "square=16"
+    assert len(plain["shards"]) == 5
+    assert Manifest.from_json(json.dumps(plain)).complete
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"key": "0" * 64},
+        {"shards": {"00009": {"sha256": "", "bytes": 1, "images": 1}}},
+        {"shards": {"00000": {}}},
+        {"shard_images": 0},
+        {"facts": {}},
+        {"shards": 3},
+    ],
+)
+def test_a_manifest_that_contradicts_itself_counts_as_none(tmp_path: Path, change: dict[str, object]):
+    made = source(tmp_path)
+    made.extract()
+    path = tmp_path / made.key[:2] / made.key / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert Bank(tmp_path).entries() == []
+
+
+def test_default_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("RICE_EVAL_BANK", str(tmp_path))
+    assert default_bank_root() == tmp_path
+    monkeypatch.delenv("RICE_EVAL_BANK")
+    assert default_bank_root().name == "bank"
+
+
+def _three(root: Path) -> list[str]:
+    keys = []
+    for k, view in enumerate(("square=16", "square=32", "square=48")):
+        made = source(root, view=view)
+        made.extract()
+        keys.append(str(made.key))
+        os.utime(root / made.key[:2] / made.key / "manifest.json", (1000.0 + k, 1000.0 + k))
+    return keys
+
+
+def test_prune_takes_the_least_recently_used_first(tmp_path: Path):
+    keys = _three(tmp_path)
+    bank = Bank(tmp_path)
+    sizes = {m.key.digest: folder_bytes(e.folder) for e, m in bank.entries()}
+    before = files(tmp_path)
+    would = bank.prune(sizes[keys[2]], dry_run=True)
+    assert [m.key.digest for m, _, _ in would] == keys[:2]
+    assert files(tmp_path) == before
+    source(tmp_path, view="square=16")  # opening it is using it
+    gone = bank.prune(sizes[keys[0]] + sizes[keys[2]])
+    assert [m.key.digest for m, _, _ in gone] == [keys[1]]
+    assert {m.key.digest for _, m in bank.entries()} == {keys[0], keys[2]}
+    bank.prune(0)
+    assert files(tmp_path) == {}
+
+
+def test_an_entry_that_is_being_written_is_not_removed(tmp_path: Path):
+    made = source(tmp_path)
+    made.extract()
+    entry, _ = Bank(tmp_path).find(str(made.key)[:8])
+    lock = entry.claim(0)
+    assert lock is not None
+    assert Bank(tmp_path).prune(0) == []
+    with pytest.raises(BankError, match="another process"):
+        Bank(tmp_path).remove(entry)
+    lock.release()
+    assert len(Bank(tmp_path).prune(0)) == 1
+
+
+def test_a_reader_outlives_the_removal_of_its_entry(tmp_path: Path):
+    made = source(tmp_path)
+    reader = made.reader()
+    before = reader[0].patches[1][0].clone()
+    kept = reader[0].patches[1][0]
+    Bank(tmp_path).prune(0)
+    assert torch.equal(kept, before)
+
+
+def test_find_wants_one_entry(tmp_path: Path):
+    _three(tmp_path)
+    with pytest.raises(NotFoundError, match="no entry"):
+        Bank(tmp_path).find("zz")
+    with pytest.raises(NotFoundError, match="3 entries"):
+        Bank(tmp_path).find("")
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("20GB", 20 * 10**9), ("1.5 GiB", 3 * 2**29), ("7", 7), ("0", 0), ("2 kb", 2000)]
+)
+def test_sizes_in_words(text: str, count: int):
+    assert commands.parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-3GB", "3 XB", "1e9"])
+def test_no_sizes(text: str):
+    with pytest.raises(UsageError, match="is no size"):
+        commands.parse_bytes(text)
+
+
+def _run(*arguments: str, root: Path) -> tuple[int, str]:
+    done = CliRunner().invoke(commands.app, [*arguments, "--bank", str(root)])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, done.stdout
+
+
+def test_the_commands(tmp_path: Path):
+    assert _run("ls", root=tmp_path / "none")[1].startswith("0 entries")
+    keys = _three(tmp_path)
+    code, text = _run("ls", root=tmp_path)
+    assert code == 0
+    assert "3 entries" in text
+    assert all(key[:12] in text for key in keys)
+    rows = json.loads(_run("ls", "--json", root=tmp_path)[1])
+    assert {row["key"] for row in rows} == set(keys)
+    assert "square=32" in _run("info", keys[1][:10], root=tmp_path)[1]
+    assert json.loads(_run("info", keys[1][:10], "--json", root=tmp_path)[1])["facts"]["layers"] == [1, 3]
+    assert _run("verify", root=tmp_path) == (0, "15 shards of 3 entries checked: all sound\n")
+    entry, _ = Bank(tmp_path).find(keys[0])
+    with entry.shard(2).open("r+b") as handle:
+        handle.seek(-1, os.SEEK_END)
+        handle.write(b"\xaa")
+    os.utime(entry.shard(2), (time.time() + 5,) * 2)
+    entry.shard(3).unlink()
+    (entry.folder / "00001-x.tmp").write_bytes(b"")
+    code, text = _run("verify", "--json", root=tmp_path)
+    assert code == 2
+    problems = {(p["shard"], p["problem"]) for p in json.loads(text)["problems"]}
+    assert problems == {
+        ("00002", "its checksum differs"),
+        ("00003", "it is missing"),
+        ("", "00001-x.tmp is left over"),
+    }
+    code, text = _run("prune", "--max-size", "0", "--dry-run", root=tmp_path)
+    assert "3 entries would be removed" in text
+    code, text = _run("prune", "--max-size", "0", root=tmp_path)
+    assert "3 entries removed" in text
+    assert Bank(tmp_path).entries() == []
+
+
+def test_collecting_from_an_empty_split(tmp_path: Path):
+    made = source(tmp_path, FakeDataset(0))
+    consumer = Collect()
+    made.consume(consumer)
+    assert consumer.seen == []
+    assert made.indices == ()
