@@ -20,7 +20,7 @@ from rice_eval.adapters.tower import build, core, shapes_of, transformers_module
 from rice_eval.cards import EncoderCard, FamilyCard, SourceCard
 from rice_eval.errors import CheckpointError, UsageError
 
-__all__ = ["convert"]
+__all__ = ["convert", "request_with"]
 
 _SETTINGS = {
     "hf": ("act", "heads", "text_heads", "image_size"),
@@ -80,7 +80,7 @@ def convert(
     )
 
 
-def _card(options: Mapping[str, Any]) -> LoadRequest:
+def request_with(options: Mapping[str, Any]) -> LoadRequest:
     """A request that carries settings in a card's place."""
     card = EncoderCard(
         name="converted", source=SourceCard(none=True), arch="as found", patch=1, resolution=1, options=dict(options)
@@ -94,7 +94,7 @@ def _rice(found: rice.Found, out: Path, given: dict[str, Any]) -> Path:
         config["image_size"] = int(given["image_size"])
     _, tensors = rice.tensors_for(found, config)
     metadata = {} if rice.POST_NORM[0] in tensors else {rice.ABSENT: "post_layernorm"}
-    mean, std, _ = mean_and_std(found.checkpoint.folder, _card({}).card, "clip")
+    mean, std, _ = mean_and_std(found.checkpoint.folder, request_with({}).card, "clip")
     return _write(
         out,
         {f"vision_model.{n}": t for n, t in tensors.items()},
@@ -116,7 +116,7 @@ def _dual(found: dual.Found, spec: dual.Spec, out: Path, given: dict[str, Any]) 
             else {}
         ),
     }
-    config, _ = dual.settings_of(found, spec, _card(options), library)
+    config, _ = dual.settings_of(found, spec, request_with(options), library)
     name = dual.class_of(found, spec)
     where = f"{found.checkpoint.path} ({spec.label}, {found.layout.name})"
     if found.outside and not any(c in found.prefix for c in dual.CONTAINERS):
@@ -129,7 +129,7 @@ def _dual(found: dual.Found, spec: dual.Spec, out: Path, given: dict[str, Any]) 
         found.checkpoint, found.layout, found.prefix, want, where, "rice-eval encoders inspect shows what it holds"
     )
     at = "" if found.vision_at else "vision_model."
-    mean, std, _ = mean_and_std(found.checkpoint.folder, _card({}).card, spec.stats)
+    mean, std, _ = mean_and_std(found.checkpoint.folder, request_with({}).card, spec.stats)
     numbers = {k: v for k, v in config.to_dict().items() if k not in ("transformers_version", "_name_or_path")}
     size = found.numbers.get("image_size") or found.numbers["patch_size"] * dual.square_root(
         found.numbers["num_patches"], where

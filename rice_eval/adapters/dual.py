@@ -15,7 +15,7 @@ from rice_eval.adapters.checkpoints import Checkpoint, TensorInfo, few
 from rice_eval.adapters.layouts import Layout, count_blocks, load_tensors
 from rice_eval.adapters.preprocessing import mean_and_std
 from rice_eval.adapters.text import Words
-from rice_eval.adapters.tower import Tower, build, core, fill, shapes_of, transformers_module, unit
+from rice_eval.adapters.tower import Tower, build, core, fill, quiet, shapes_of, transformers_module, unit
 from rice_eval.errors import CheckpointError
 
 __all__ = ["DualTower", "Found", "Spec", "check_numbers", "class_of", "load", "settings_of", "square_root"]
@@ -114,6 +114,12 @@ def check_numbers(
         CheckpointError: they differ.
     """
     for key, value in numbers.items():
+        if (
+            key == "image_size"
+            and isinstance(told.get(key), int)
+            and told[key] // numbers["patch_size"] == value // numbers["patch_size"]
+        ):
+            continue  # SigLIP at 384 px with patches of 14: 27 patches a side, 378 px, the rest cut off upstream
         if key in told and told[key] != value:
             lost = ""
             if key == "num_hidden_layers" and isinstance(told[key], int) and told[key] > value:
@@ -309,7 +315,8 @@ def load(
         raise CheckpointError(
             f"{where}: {len(found.outside)} keys unexpected ({few(found.outside)})", "save the model's own state dict"
         )
-    config, notes = settings_of(found, spec, request, library)
+    with quiet(library):
+        config, notes = settings_of(found, spec, request, library)
     name = class_of(found, spec)
     model = build(getattr(library, name), config, where)
     holder = model if found.vision_at else core(model)

@@ -57,8 +57,8 @@ def _download(repo: str, revision: str | None, file: str | None, subfolder: str 
     try:
         if file:
             return fetch([file])
-        folder = fetch([at + "*.safetensors"])
-        if not any((folder / at).glob("*.safetensors")):  # older repositories hold only the torch format
+        folder = fetch([at + "model*.safetensors"])
+        if not any((folder / at).glob("model*.safetensors")):  # older repositories hold only the torch format
             folder = fetch([at + "pytorch_model*.bin"])
     except hub.GatedRepoError as error:
         raise CheckpointError(

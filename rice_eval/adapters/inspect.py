@@ -10,8 +10,9 @@ from typing import Any
 
 from rice_eval.adapters import clip, dual, rice, siglip
 from rice_eval.adapters.checkpoints import Checkpoint, TensorInfo, differences, few, open_checkpoint, strip_wrappers
+from rice_eval.adapters.conversion import request_with
 from rice_eval.adapters.layouts import count_blocks, wanted
-from rice_eval.adapters.tower import build, core, shapes_of, transformers_module
+from rice_eval.adapters.tower import build, core, quiet, shapes_of, transformers_module
 from rice_eval.errors import CheckpointError
 
 __all__ = ["Inspection", "inspect"]
@@ -177,7 +178,7 @@ def _clip(checkpoint: Checkpoint, bare: Checkpoint, common: Mapping[str, Any]) -
     found = clip.find(bare)
     if found is None:
         return None
-    return _dual(found, clip.SPEC, "clip", "learned, with a class token", "clip-vit-l-14-336-openai", common)
+    return _dual(found, clip.SPEC, "clip", "learned, with a class token", "clip-vit-b-16-openai", common)
 
 
 def _siglip(checkpoint: Checkpoint, bare: Checkpoint, common: Mapping[str, Any]) -> Inspection | None:
@@ -187,38 +188,37 @@ def _siglip(checkpoint: Checkpoint, bare: Checkpoint, common: Mapping[str, Any])
     found, spec, _ = result
     if spec is siglip.NAFLEX:
         return _dual(
-            found, spec, "siglip2", "learned, resized for every image (NaFlex)", "siglip2-so400m-16-naflex", common
+            found, spec, "siglip2", "learned, resized for every image (NaFlex)", "siglip2-vit-b-16-naflex", common
         )
-    return _dual(found, spec, "siglip", "learned", "siglip-vit-so400m-14-384", common)
+    return _dual(found, spec, "siglip", "learned", "siglip-vit-b-16-224", common)
 
 
 def _dual(
     found: dual.Found, spec: dual.Spec, family: str, position: str, encoder: str, common: Mapping[str, Any]
 ) -> Inspection:
     library = transformers_module(spec.label)
-    told = found.checkpoint.config() or {}
-    inner = told.get("vision_config", told) if not found.outside else {}
-    vision = {**found.numbers, "num_attention_heads": 1}
-    if found.text is not None:
-        text = {**found.text, "num_attention_heads": 1}
-        projection = {} if found.projection is None else {"projection_dim": found.projection}
-        config = getattr(library, spec.full_config)(vision_config=vision, text_config=text, **projection)
-    else:
-        projection = {} if found.projection is None else {"projection_dim": found.projection}
-        config = getattr(library, spec.vision_config)(**vision, **projection)
+    told = found.checkpoint.config()
+    problems: list[str] = []
+    heads: object = None
+    projection = {} if found.projection is None else {"projection_dim": found.projection}
+    vision = {**found.numbers, "num_attention_heads": 1}  # the number of heads changes no name and no shape
+    with quiet(library):
+        if told is not None and not found.outside:
+            heads = told.get("vision_config", told).get("num_attention_heads")
+            try:
+                dual.settings_of(found, spec, request_with({}), library)
+            except CheckpointError as error:
+                problems.append(error.what)
+        if found.text is not None:
+            text = {**found.text, "num_attention_heads": 1}
+            config = getattr(library, spec.full_config)(vision_config=vision, text_config=text, **projection)
+        else:
+            config = getattr(library, spec.vision_config)(**vision, **projection)
     model = build(getattr(library, dual.class_of(found, spec)), config, str(found.checkpoint.path))
     want = wanted(found.layout, found.prefix, shapes_of(model if found.vision_at else core(model)))
     have = {n: i for n, i in found.checkpoint.tensors.items() if n.startswith(found.prefix)}
     ignore = {n for n in have if found.layout.ignores(n[len(found.prefix) :])}
     missing, unexpected, shapes = differences(have, want, ignore)
-    problems = []
-    key = found.layout.source(f"{found.vision_at}encoder.layers.{{n}}.layer_norm1.weight")[0]
-    try:
-        dual.check_numbers(
-            inner, found.numbers, str(found.checkpoint.path), lambda n: found.prefix + key.replace("{n}", str(n))
-        )
-    except CheckpointError as error:
-        problems.append(error.what)
     if not found.outside or any(c in found.prefix for c in dual.CONTAINERS):
         strangers: tuple[str, ...] = ()
     else:
@@ -230,7 +230,6 @@ def _dual(
         for n in tower
         if not any(t.startswith(text_or_head) for t, _ in found.layout.targets(n[len(found.prefix) :]))
     )
-    heads = inner.get("num_attention_heads")
     return Inspection(
         family=family,
         layout=found.layout.name,
