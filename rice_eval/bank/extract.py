@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -14,7 +15,7 @@ from rice_eval.bank.ledger import Ledger
 from rice_eval.bank.passes import OnePass, Progress
 from rice_eval.bank.prefetch import ordered_map
 from rice_eval.bank.reader import Reader
-from rice_eval.bank.request import TYPICAL_SIZE, bank_key
+from rice_eval.bank.request import TYPICAL_SIZE, bank_key, tokens_bytes
 from rice_eval.bank.shard import MappedShard, PackedImage
 from rice_eval.bank.source import Consumer
 from rice_eval.bank.store import Bank
@@ -22,7 +23,19 @@ from rice_eval.datasets.base import Dataset
 from rice_eval.errors import BankError, DataError, PlanError, UsageError
 from rice_eval.views import Frame
 
-__all__ = ["Source", "SourceView", "open_source"]
+__all__ = ["Source", "SourceFacts", "SourceView", "open_source"]
+
+
+@dataclass(frozen=True)
+class SourceFacts:
+    """A source in numbers: its split, how many images it has, how many are in the bank, bytes an image comes to."""
+
+    encoder: str
+    dataset: str
+    split: str
+    images: int
+    present: int
+    bytes_per_image: float
 
 
 def open_source(
@@ -169,21 +182,35 @@ class Source:
 
     @property
     def tokens_per_image(self) -> float:
-        """Patch tokens an image at the deepest layer, over the first 32 images that can be decoded."""
+        """Patch tokens an image at the deepest layer, over 32 images spread over the split."""
         stride = self._facts.strides[self.layers[-1] - 1]
         frames = [self._ledger.view.frames(*size) for size in self._sizes(32)]
         counts = [sum((f.size[0] // stride) * (f.size[1] // stride) for f in each) for each in frames]
         return sum(counts) / len(counts)
 
+    def describe(self) -> SourceFacts:
+        """What a plan prints; reads sizes of at most 32 images."""
+        sizes = self._sizes(32)
+        plan = self._ledger.plan
+        missing = sum(len(plan.indices(n)) for n in self._ledger.missing())
+        return SourceFacts(
+            self._facts.name,
+            self._dataset.name,
+            self._dataset.split,
+            plan.images,
+            plan.images - missing,
+            sum(tokens_bytes(self._facts, plan.key, size) for size in sizes) / len(sizes),
+        )
+
     def _sizes(self, count: int) -> list[tuple[int, int]]:
+        """Heights and widths of some images, spread over the split; of a typical one where none can be decoded."""
         sizes = []
-        for index in range(len(self._dataset)):
+        total = len(self._dataset)
+        for k in range(min(count, total)):
             try:
-                sizes.append(self._dataset.size(index))
+                sizes.append(self._dataset.size(k * total // min(count, total)))
             except DataError:  # reported by the pass, by name
                 continue
-            if len(sizes) == count:
-                break
         return sizes or [TYPICAL_SIZE]
 
     # ---- reading
