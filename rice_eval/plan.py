@@ -58,12 +58,12 @@ class Plan:
     """Jobs in the order they run (by encoder, so that each is loaded once), and the datasets they read."""
 
     jobs: tuple[Job, ...]
-    datasets: Mapping[tuple[TaskRef, str], Dataset]
+    datasets: Mapping[tuple[str, str], Dataset]
     include: tuple[Path, ...] = ()
 
     def dataset(self, task: TaskRef, split: str) -> Dataset:
         """``split`` is ``"train"`` or ``"test"``."""
-        return self.datasets[(task, split)]
+        return self.datasets[(task.card.name, split)]
 
 
 def parse_encoder(text: str, weights: Path | None = None) -> EncoderRef:
@@ -139,7 +139,7 @@ def make_plan(
     cards = catalogue(tuple(include))
     if len(set(encoders)) != len(encoders) or len({t.card.name for t in tasks}) != len(tasks):
         raise UsageError("an encoder or a task is given twice", "give each once")
-    opened: dict[tuple[TaskRef, str], Dataset] = {}
+    opened: dict[tuple[str, str], Dataset] = {}
     jobs = []
     for encoder in encoders:
         if encoder.name in cards.encoders or ":" not in encoder.name:
@@ -152,7 +152,7 @@ def make_plan(
             for protocol in chosen:
                 _check_pair(cards, encoder, task.card, protocol)
         for split in ("train", "test"):
-            opened[(task, split)] = _open(task, split, chosen)
+            opened[(task.card.name, split)] = _open(task, split, chosen)
         jobs += [Job(encoder, task, protocol) for encoder in encoders for protocol in chosen]
     jobs.sort(key=lambda job: list(encoders).index(job.encoder))
     return Plan(tuple(jobs), opened, tuple(include))

@@ -245,14 +245,14 @@ def _open_sources(
             for view in views:
                 key = _source_key(dataset, view, loaded.encoder, job)
                 wanted.setdefault(key, (dataset, set()))[1].update(layers)
-    for key, (dataset, layers) in wanted.items():
+    for key, (dataset, union) in wanted.items():
         _, view, norm, dtype = key
         loaded.sources[key] = open_source(
             lambda: loaded.encoder,
             loaded.encoder.facts,
             dataset,
             view,
-            tuple(sorted(layers)),
+            tuple(sorted(union)),
             norm,
             dtype,
             bank,
