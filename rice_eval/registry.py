@@ -139,6 +139,12 @@ datasets: Registry[object] = Registry(
         "lvis": "rice_eval.datasets.detection:lvis",
         "voc-detection": "rice_eval.datasets.voc:voc_detection",
         "roboflow100": "rice_eval.datasets.roboflow:factory",
+        "sroie": "rice_eval.datasets.text:sroie",
+        "icdar2015": "rice_eval.datasets.text:icdar2015",
+        "totaltext": "rice_eval.datasets.text:totaltext",
+        "funsd": "rice_eval.datasets.text:funsd",
+        "lmdb": "rice_eval.datasets.recognition:lmdb_crops",
+        "label-file": "rice_eval.datasets.recognition:label_file",
     },
 )
 protocols: Registry[object] = Registry(

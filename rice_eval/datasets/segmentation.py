@@ -130,9 +130,9 @@ def find_folder(
 
 
 def pair(
-    storage: Storage, folder: str, images: Sequence[str], masks: Mapping[str, str], layout: str
+    storage: Storage, folder: str, images: Sequence[str], masks: Mapping[str, str], layout: str, what: str = "mask"
 ) -> tuple[list[str], list[str]]:
-    """File names of images and of their masks.
+    """File names of images and of their masks (or of another annotation file each: ``what``).
 
     Args:
         storage: where the files lie.
@@ -140,22 +140,23 @@ def pair(
         images: image files relative to it.
         masks: mask file of each image's relative name without suffix.
         layout: the expected layout in one line.
+        what: the kind of annotation file, for messages.
 
     Raises:
-        DataError: an image with no mask, or a mask with no image.
+        DataError: an image with no annotation file, or the other way round.
     """
     stems = [posixpath.splitext(name)[0] for name in images]
     bare = [stem for stem in stems if stem not in masks]
     if bare:
         raise DataError(
-            f"{storage.label(folder)}: {bare[0]} has no mask ({len(bare)} of {len(stems)} images)",
+            f"{storage.label(folder)}: {bare[0]} has no {what} ({len(bare)} of {len(stems)} images)",
             f"expected layout: {layout}",
         )
     orphans = sorted(masks.keys() - set(stems))
     if orphans:
         raise DataError(
-            f"{storage.label(masks[orphans[0]])}: a mask with no image ({len(orphans)} of {len(masks)} masks)",
-            f"fetch the rest of {storage.label(folder)}, or remove the masks",
+            f"{storage.label(masks[orphans[0]])}: a {what} with no image ({len(orphans)} of {len(masks)})",
+            f"fetch the rest of {storage.label(folder)}, or remove the {what}s",
         )
     return [f"{folder}/{name}" for name in images], [masks[stem] for stem in stems]
 

@@ -147,10 +147,10 @@ class Storage:
             raise DataError(f"{self.label(name)}: not UTF-8 ({error})", "convert the file to UTF-8") from error
 
     def lines(self, name: str) -> Iterator[tuple[int, str]]:
-        """Number (from 1) and text of every line that is not blank."""
-        for number, line in enumerate(self.text(name).splitlines(), 1):
+        """Number (from 1) and text of every line that is not blank; line feeds alone end lines (with or without a return)."""
+        for number, line in enumerate(self.text(name).split("\n"), 1):
             if line.strip():
-                yield number, line
+                yield number, line.rstrip("\r")
 
     def json(self, name: str) -> Any:
         """A parsed JSON file. Raises DataError with the line where it is malformed."""

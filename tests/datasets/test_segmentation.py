@@ -373,7 +373,7 @@ def test_truncated_photo(root: Path) -> None:
 
 def test_a_mask_without_its_image(root: Path) -> None:
     index_map(root / "masks" / "val" / "z.png", filled(0))
-    with pytest.raises(DataError, match=r"z.png: a mask with no image \(1 of 3 masks\)"):
+    with pytest.raises(DataError, match=r"z.png: a mask with no image \(1 of 3\)"):
         read("folder", "val", root)
 
 
