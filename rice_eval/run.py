@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,20 @@ from rice_eval.views import View
 if TYPE_CHECKING:
     from rice_eval.datasets.base import Dataset
 
-__all__ = ["Result", "RunOptions", "evaluate", "execute"]
+__all__ = [
+    "Loaded",
+    "Result",
+    "RunOptions",
+    "SourceKey",
+    "check_loaded",
+    "evaluate",
+    "execute",
+    "load",
+    "open_sources",
+]
+
+SourceKey = tuple[str, str, bool, str]
+"""What tells two sources of one encoder apart: dataset fingerprint, resolved view, norm, storage type."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +102,21 @@ class Result:
 
 
 @dataclass
-class _Loaded:
-    """An encoder in memory and the sources opened on it."""
+class Loaded:
+    """An encoder in memory and the sources opened on it.
+
+    Attributes:
+        encoder: on its device.
+        seconds: that loading took.
+        sources: what its jobs read.
+        elsewhere: images and seconds of passes that other processes of the same run made for it; the first job that
+            reads a source takes them into its record.
+    """
 
     encoder: Encoder
     seconds: float
-    sources: dict[tuple[str, str, bool, str], Source]
+    sources: dict[SourceKey, Source]
+    elsewhere: dict[SourceKey, tuple[int, float]] = field(default_factory=dict)
 
 
 def evaluate(
@@ -141,6 +163,46 @@ def evaluate(
     Raises:
         RiceEvalError: anything a user can mend, in one line.
     """
+    plan = plan_of(
+        encoders,
+        tasks,
+        dataset=dataset,
+        kind=kind,
+        data=data,
+        options=options,
+        protocols=protocols,
+        view=view,
+        settings=settings,
+        weights=weights,
+        include=include,
+        limit_train=limit_train,
+        limit_test=limit_test,
+    )
+    try:
+        how = RunOptions(results=Path(results), **run_options)
+    except TypeError as error:
+        raise UsageError(f"evaluate: {error}", "see rice_eval.run.RunOptions for what a run takes") from error
+    with progress(show_progress) as report:
+        return execute(plan, how, report)
+
+
+def plan_of(
+    encoders: Sequence[str],
+    tasks: Sequence[str] = (),
+    *,
+    dataset: str | None = None,
+    kind: str = "segmentation",
+    data: str | Path | Mapping[str, str | Path] | None = None,
+    options: Mapping[str, Any] | None = None,
+    protocols: Sequence[str] = (),
+    view: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    weights: Mapping[str, str | Path] | None = None,
+    include: Sequence[str | Path] = (),
+    limit_train: int | None = None,
+    limit_test: int | None = None,
+) -> Plan:
+    """The plan that ``evaluate`` would run; its arguments are ``evaluate``'s."""
     folders = tuple(Path(p) for p in include)
     cards = catalogue(folders)
     if bool(tasks) == (dataset is not None):
@@ -157,7 +219,7 @@ def evaluate(
         raise UsageError(
             f"weights are given for '{sorted(unknown)[0]}', which is not among the encoders", "check the name"
         )
-    plan = make_plan(
+    return make_plan(
         [parse_encoder(name, checkpoints.get(name)) for name in encoders],
         refs,
         protocol_ids=protocols,
@@ -165,12 +227,6 @@ def evaluate(
         settings=settings,
         include=folders,
     )
-    try:
-        how = RunOptions(results=Path(results), **run_options)
-    except TypeError as error:
-        raise UsageError(f"evaluate: {error}", "see rice_eval.run.RunOptions for what a run takes") from error
-    with progress(show_progress) as report:
-        return execute(plan, how, report)
 
 
 def _data_of(card: TaskCard, data: str | Path | Mapping[str, str | Path] | None) -> Path | None:
@@ -181,7 +237,11 @@ def _data_of(card: TaskCard, data: str | Path | Mapping[str, str | Path] | None)
 
 
 def execute(
-    plan: Plan, options: RunOptions, report: Reporter, done: Callable[[Result], None] | None = None
+    plan: Plan,
+    options: RunOptions,
+    report: Reporter,
+    done: Callable[[Result], None] | None = None,
+    elsewhere: Mapping[SourceKey, tuple[int, float]] | None = None,
 ) -> list[Result]:
     """Run every job of a plan.
 
@@ -192,16 +252,18 @@ def execute(
         options: how to run.
         report: progress bars.
         done: called with each result as it is written.
+        elsewhere: images and seconds of passes that other processes of this run made, for a plan of one encoder.
     """
     store = ResultStore(options.results)
     bank = Bank(options.bank or default_bank_root()) if options.store else None
     out = []
     for ref, group in groupby(plan.jobs, key=lambda job: job.encoder):
         jobs = list(group)
-        loaded = _load(ref, plan, options)
+        loaded = load(ref, plan, options)
+        loaded.elsewhere.update(elsewhere or {})
         for job in jobs:
-            _check_loaded(job, loaded.encoder, plan)
-        _open_sources(loaded, jobs, plan, bank, options, report)
+            check_loaded(job, loaded.encoder, plan)
+        open_sources(loaded, jobs, plan, bank, options, report)
         for job in jobs:
             result = _run_job(job, plan, loaded, store, options, report)
             out.append(result)
@@ -210,7 +272,8 @@ def execute(
     return out
 
 
-def _load(ref: EncoderRef, plan: Plan, options: RunOptions) -> _Loaded:
+def load(ref: EncoderRef, plan: Plan, options: RunOptions) -> Loaded:
+    """The encoder on its device; no source is opened yet."""
     start = time.perf_counter()
     encoder = load_encoder(
         ref.name,
@@ -219,10 +282,10 @@ def _load(ref: EncoderRef, plan: Plan, options: RunOptions) -> _Loaded:
         include=plan.include,
         trust_remote_code=options.trust_remote_code,
     )
-    return _Loaded(encoder, time.perf_counter() - start, {})
+    return Loaded(encoder, time.perf_counter() - start, {})
 
 
-def _check_loaded(job: Job, encoder: Encoder, plan: Plan) -> None:
+def check_loaded(job: Job, encoder: Encoder, plan: Plan) -> None:
     """What only a loaded encoder can tell: abilities, and the sides of every frame of every image size."""
     lacking = job.protocol.abilities - set(encoder.facts.abilities)
     if lacking:
@@ -233,11 +296,11 @@ def _check_loaded(job: Job, encoder: Encoder, plan: Plan) -> None:
     job.protocol.layers(encoder.facts)
 
 
-def _open_sources(
-    loaded: _Loaded, jobs: Sequence[Job], plan: Plan, bank: Bank | None, options: RunOptions, report: Reporter
+def open_sources(
+    loaded: Loaded, jobs: Sequence[Job], plan: Plan, bank: Bank | None, options: RunOptions, report: Reporter
 ) -> None:
     """One source for each (dataset, view, norm, dtype), at the union of the layers that the jobs read."""
-    wanted: dict[tuple[str, str, bool, str], tuple[Dataset, set[int]]] = {}
+    wanted: dict[SourceKey, tuple[Dataset, set[int]]] = {}
     for job in jobs:
         layers = loaded.encoder.resolve_layers(job.protocol.layers(loaded.encoder.facts))
         for split, views in job.protocol.views().items():
@@ -266,23 +329,24 @@ def _open_sources(
         )
 
 
-def _source_key(dataset: Dataset, view: str, encoder: Encoder, job: Job) -> tuple[str, str, bool, str]:
+def _source_key(dataset: Dataset, view: str, encoder: Encoder, job: Job) -> SourceKey:
     resolved = View.parse(view).resolve(encoder.multiple)
     return dataset.fingerprint, str(resolved), job.protocol.norm, job.protocol.tokens
 
 
-def _run_job(
-    job: Job, plan: Plan, loaded: _Loaded, store: ResultStore, options: RunOptions, report: Reporter
-) -> Result:
+def _run_job(job: Job, plan: Plan, loaded: Loaded, store: ResultStore, options: RunOptions, report: Reporter) -> Result:
     train, test = plan.dataset(job.task, "train"), plan.dataset(job.task, "test")
     used: list[Source] = []
+    made: list[tuple[int, float]] = []
     layers = loaded.encoder.resolve_layers(job.protocol.layers(loaded.encoder.facts))
 
     def tokens(split: str, view: str) -> SourceView:
         dataset = {"train": train, "test": test}[split]
-        source = loaded.sources[_source_key(dataset, view, loaded.encoder, job)]
+        key = _source_key(dataset, view, loaded.encoder, job)
+        source = loaded.sources[key]
         if source not in used:
             used.append(source)
+            made.append(loaded.elsewhere.pop(key, (0, 0.0)))
         return source.select(layers)
 
     before = {id(s): (s.forwards, s.seconds) for s in loaded.sources.values()}
@@ -300,8 +364,8 @@ def _run_job(
     )
     outcome = job.protocol.run(context)
     ran = time.perf_counter() - start
-    passes = sum(s.seconds - before[id(s)][1] for s in used)
-    forwards = sum(s.forwards - before[id(s)][0] for s in used)
+    passes = sum(s.seconds - before[id(s)][1] for s in used) + sum(seconds for _, seconds in made)
+    forwards = sum(s.forwards - before[id(s)][0] for s in used) + sum(count for count, _ in made)
     start = time.perf_counter()
     bounds = intervals(outcome.statistics, resamples=options.resamples)
     seconds = {
