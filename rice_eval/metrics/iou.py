@@ -133,6 +133,17 @@ class IoUStatistics(Statistics):
             "accuracy": dict(zip(self.classes, accuracy.tolist())),
         }
 
+    def concat(self, other: Statistics) -> IoUStatistics:
+        """See ``Statistics.concat``."""
+        if not isinstance(other, IoUStatistics) or other.classes != self.classes:
+            raise ValueError("the two sets have different classes")
+        return IoUStatistics(
+            self.image_ids + other.image_ids,
+            np.concatenate([self.areas, other.areas]),
+            self.classes,
+            self.matrix + other.matrix,
+        )
+
     def arrays(self) -> dict[str, NDArray[np.generic]]:
         """See ``Statistics.arrays``."""
         return {

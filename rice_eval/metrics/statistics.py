@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -112,7 +111,7 @@ class Statistics(ABC):
 def statistics_from_arrays(kind: str, arrays: Mapping[str, NDArray[np.generic]]) -> Statistics:
     """The statistics of ``kind`` from their arrays.
 
-    A kind defined elsewhere is found by importing ``rice_eval.metrics.<kind>`` or the entry point ``kind`` of the group
+    A kind that is not imported yet is found among this package's own, then by the entry point of its name in the group
     ``rice_eval.statistics`` (its value names the module that defines the class).
 
     Raises:
@@ -125,14 +124,18 @@ def statistics_from_arrays(kind: str, arrays: Mapping[str, NDArray[np.generic]])
     return _KINDS[kind].from_arrays(arrays)
 
 
+_MODULES = {"iou": "rice_eval.metrics.iou", "ap": "rice_eval.metrics.coco"}
+"""Kinds defined in this package, imported when a file of theirs is read."""
+
+
 def _import_kind(kind: str) -> None:
+    if kind in _MODULES:
+        importlib.import_module(_MODULES[kind])
+        return
     for entry in importlib.metadata.entry_points(group="rice_eval.statistics"):
         if entry.name == kind:
             importlib.import_module(entry.value)
             return
-    name = f"rice_eval.metrics.{kind}"
-    if kind.isidentifier() and importlib.util.find_spec(name) is not None:
-        importlib.import_module(name)
 
 
 class RatioStatistics(Statistics):

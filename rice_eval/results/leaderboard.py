@@ -18,7 +18,7 @@ from rice_eval.metrics.statistics import METRICS, Floats, MetricInfo, Statistics
 from rice_eval.results.bootstrap import replicates, same_images, student_quantile
 from rice_eval.results.ranks import borda, competition_ranks, mean_win_rate, rank_intervals
 from rice_eval.results.record import Record
-from rice_eval.results.store import StoredRecord
+from rice_eval.results.store import StoredRecord, paused_collector
 
 __all__ = ["Board", "Leaderboard", "RankMethod", "Row", "Standing", "build"]
 
@@ -124,6 +124,11 @@ def build(stored: Iterable[StoredRecord], method: RankMethod = "auto") -> Leader
     """
     if method not in ("auto", "paired", "intervals"):
         raise UsageError(f"ranks can't be made by '{method}'", "choose auto, paired or intervals")
+    with paused_collector():
+        return _build(stored, method)
+
+
+def _build(stored: Iterable[StoredRecord], method: RankMethod) -> Leaderboard:
     keyed = _unique(stored)
     entries = [entry for _, entry in keyed]
     labels = _labels(entries)
@@ -248,28 +253,28 @@ def _board(name: str, key: str, rows: dict[str, list[StoredRecord]], method: Ran
 
 
 def _score(records: Sequence[Record]) -> _Score:
-    values = np.array([r.headline.value for r in records])
-    value = float(values.mean())
-    sd = float(values.std(ddof=1)) if len(values) > 1 else None
-    bounds = [(r.headline.low, r.headline.high) for r in records]
-    if any(low is None or high is None for low, high in bounds):
-        return _Score(value, None, None, sd, 0.0 if sd is None else sd / math.sqrt(len(values)))
-    down = float(np.mean([r.headline.value - (r.headline.low or 0.0) for r in records]))
-    up = float(np.mean([(r.headline.high or 0.0) - r.headline.value for r in records]))
+    headlines = [r.headline for r in records]
+    values = [h.value for h in headlines]
+    count = len(values)
+    value = math.fsum(values) / count
+    sd = math.sqrt(math.fsum((v - value) ** 2 for v in values) / (count - 1)) if count > 1 else None
+    se_seeds = 0.0 if sd is None else sd / math.sqrt(count)
+    bounds = [(h.low, h.value, h.high) for h in headlines if h.low is not None and h.high is not None]
+    if len(bounds) < count:
+        return _Score(value, None, None, sd, se_seeds)
+    down = math.fsum(v - low for low, v, _ in bounds) / count
+    up = math.fsum(high - v for _, v, high in bounds) / count
     se_images = (up + down) / (2 * _Z)
     if sd is None:
-        return _Score(value, bounds[0][0], bounds[0][1], None, se_images)
+        return _Score(value, bounds[0][0], bounds[0][2], None, se_images)
     # Images are the same for all seeds, so their part does not shrink with the number of seeds; the heads' part does.
-    se_seeds = sd / math.sqrt(len(values))
     se = math.hypot(se_images, se_seeds)
     if se == 0.0:
         return _Score(value, value, value, sd, 0.0)
-    freedom = se**4 / (se_images**4 / max(1, records[0].task.n_test - 1) + se_seeds**4 / (len(values) - 1))
-    stretch = se * student_quantile(0.975, freedom) / (_Z * se_images) if se_images > 0 else math.inf
-    if math.isinf(stretch):
-        half = se * student_quantile(0.975, freedom)
-        return _Score(value, value - half, value + half, sd, se)
-    return _Score(value, value - down * stretch, value + up * stretch, sd, se)
+    freedom = se**4 / (se_images**4 / max(1, records[0].task.n_test - 1) + se_seeds**4 / (count - 1))
+    half = se * student_quantile(0.975, freedom)
+    lean = (down / (up + down), up / (up + down)) if se_images > 0 else (0.5, 0.5)  # a skewed interval stays skewed
+    return _Score(value, value - 2 * half * lean[0], value + 2 * half * lean[1], sd, se)
 
 
 def _paired_draws(rows: dict[str, list[StoredRecord]], scores: dict[str, _Score], required: bool) -> Floats | None:
@@ -323,7 +328,8 @@ def _independent_draws(key: str, scores: dict[str, _Score]) -> Floats:
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
     normal = np.random.default_rng(seed).standard_normal((_RESAMPLES, len(scores)))
     centre = np.array([s.value for s in scores.values()])
-    return centre + normal * np.array([s.se for s in scores.values()])
+    draws: Floats = centre + normal * np.array([s.se for s in scores.values()])
+    return draws
 
 
 def _standings(boards: Sequence[Board]) -> tuple[Standing, ...]:

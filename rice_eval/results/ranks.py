@@ -18,7 +18,7 @@ _DIGITS = 9
 def competition_ranks(scores: Floats) -> NDArray[np.int64]:
     """Ranks of ``(..., E)`` scores, the largest first; equal scores share the better rank (1, 2, 2, 4)."""
     rounded = np.round(scores, _DIGITS)
-    order = np.argsort(-rounded, axis=-1, kind="stable")
+    order = np.argsort(-rounded, axis=-1)  # the order among equals does not matter: they share a rank
     ordered = np.take_along_axis(rounded, order, axis=-1)
     places = np.broadcast_to(np.arange(1, scores.shape[-1] + 1), scores.shape).copy()
     same = ordered[..., 1:] == ordered[..., :-1]
@@ -39,10 +39,11 @@ def rank_intervals(replicates: Floats, level: float = 0.95) -> list[tuple[int, i
     Returns:
         E pairs (best, worst).
     """
-    ranks = np.sort(competition_ranks(replicates), axis=0)
     tail = (1 - level) / 2
-    last = len(ranks) - 1
-    low, high = ranks[int(np.floor(tail * last))], ranks[int(np.ceil((1 - tail) * last))]
+    last = len(replicates) - 1
+    first, final = int(np.floor(tail * last)), int(np.ceil((1 - tail) * last))
+    ranks = np.partition(competition_ranks(replicates), (first, final), axis=0)
+    low, high = ranks[first], ranks[final]
     return [(int(a), int(b)) for a, b in zip(low, high)]
 
 

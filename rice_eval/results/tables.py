@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,17 @@ from rice_eval.errors import MissingExtraError, one_line
 from rice_eval.results.leaderboard import Board, Leaderboard, Row
 from rice_eval.results.published import Reference
 
-__all__ = ["latex", "long_csv", "long_rows", "markdown", "number", "wide_csv", "write_parquet"]
+__all__ = [
+    "escape_markdown",
+    "latex",
+    "long_csv",
+    "long_json",
+    "long_rows",
+    "markdown",
+    "number",
+    "wide_csv",
+    "write_parquet",
+]
 
 References = Mapping[str, Sequence[Reference]]
 """Board name -> reference rows: numbers printed elsewhere, shown apart and never ranked."""
@@ -148,6 +159,11 @@ def long_csv(leaderboard: Leaderboard, references: References | None = None) -> 
     return _csv([header, *[[cell(row[name]) for name in header] for row in rows]])
 
 
+def long_json(leaderboard: Leaderboard, references: References | None = None) -> str:
+    """``long_rows`` as a JSON list."""
+    return json.dumps(long_rows(leaderboard, references), indent=1, ensure_ascii=False) + "\n"
+
+
 def _shown(row: Row) -> str:
     text = f"{row.value:.2f}"
     if row.low is not None and row.high is not None:
@@ -170,7 +186,7 @@ def _caption(board: Board) -> str:
     )
 
 
-def _md(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Text as one Markdown table cell, shown as it is."""
     out = one_line(text).replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     for mark in "|`*_[]~#":
@@ -182,22 +198,29 @@ def markdown(leaderboard: Leaderboard, references: References | None = None) -> 
     """A table a board, then the standings. The best is bold, and so is what the set can't tell from it, marked with ≈."""
     parts = ["# Leaderboard", ""]
     for board in leaderboard.boards:
-        parts += [f"## {_md(board.name)}", "", _md(_caption(board)), ""]
-        parts += ["| rank | encoder | " + _md(board.info.title) + " | params | seeds |", "|---|---|---|---|---|"]
+        parts += [f"## {escape_markdown(board.name)}", "", escape_markdown(_caption(board)), ""]
+        parts += [
+            "| rank | encoder | " + escape_markdown(board.info.title) + " | params | seeds |",
+            "|---|---|---|---|---|",
+        ]
         for row in board.rows:
-            shown = _md(_shown(row))
+            shown = escape_markdown(_shown(row))
             if row.near_best:
                 shown = f"**{shown}**" + ("" if row.rank == 1 else " ≈")
             parts.append(
-                f"| {_ranks(row)} | {_md(row.encoder)} | {shown} | {_millions(row.record.encoder.params)} | {len(row.seeds)} |"
+                f"| {_ranks(row)} | {escape_markdown(row.encoder)} | {shown} | {_millions(row.record.encoder.params)} | {len(row.seeds)} |"
             )
         for reference in (references or {}).get(board.name, ()):
-            parts.append(f"| – | {_md(reference.label)} (printed: {_md(reference.source)}) | {reference.value:g} | | |")
+            parts.append(
+                f"| – | {escape_markdown(reference.label)} (printed: {escape_markdown(reference.source)}) | {reference.value:g} | | |"
+            )
         parts.append("")
     if len(leaderboard.boards) > 1:
         parts += ["## All boards", "", "| encoder | boards | mean win rate, % | Borda |", "|---|---|---|---|"]
         for s in leaderboard.standings:
-            parts.append(f"| {_md(s.encoder)} | {s.boards} | {number(s.mean_win_rate, 1)} | {number(s.borda, 1)} |")
+            parts.append(
+                f"| {escape_markdown(s.encoder)} | {s.boards} | {number(s.mean_win_rate, 1)} | {number(s.borda, 1)} |"
+            )
         parts.append("")
     return "\n".join(parts)
 

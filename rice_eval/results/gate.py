@@ -1,0 +1,249 @@
+"""The gate: is this checkpoint worse than that one, beyond a margin and beyond chance?
+
+A task fails where the drop is larger than its margin *and* the one-sided paired test, adjusted for the number of tasks, is
+significant. It is warned of where the set is too small to tell. Missing or incomparable results make it unusable.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from rice_eval.errors import RecordError, UsageError
+from rice_eval.results.compare import Pair, Side, Tests, match, sides, test_pair
+from rice_eval.results.paired import Paired, holm
+from rice_eval.results.store import StoredRecord
+
+__all__ = ["GateReport", "Policy", "TaskPolicy", "TaskVerdict", "load_policy", "run_gate"]
+
+Status = Literal["pass", "warn", "fail", "unusable"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TaskPolicy(_Strict):
+    """What holds for tasks whose name matches; fields left out keep the policy's own."""
+
+    margin: float | None = Field(None, ge=0, description="drop that is let through, in the metric's unit")
+    detect: float | None = Field(None, gt=0, description="warn where the smallest detectable drop is larger than this")
+    required: bool | None = Field(None, description="whether a missing candidate result makes the gate unusable")
+
+
+class Policy(_Strict):
+    """A gate's policy, read from YAML."""
+
+    margin: float = Field(0.0, ge=0, description="drop that is let through, in the metric's unit (points of percent)")
+    detect: float | None = Field(
+        None, gt=0, description="warn where the smallest detectable drop is larger than this; None: never"
+    )
+    required: bool = True
+    alpha: float = Field(0.05, gt=0, lt=1, description="false alarms that are let through, over all tasks together")
+    power: float = Field(0.8, gt=0, lt=1, description="probability that the smallest detectable drop is seen with")
+    resamples: int = Field(2000, ge=100)
+    permutations: int = Field(5000, ge=100)
+    seed: int = 0
+    tasks: dict[str, TaskPolicy] = Field(
+        default_factory=dict, description="task name or pattern (detection/*) -> its own values; the last match wins"
+    )
+
+    def of(self, task: str) -> TaskPolicy:
+        """The values that hold for a task."""
+        margin, detect, required = self.margin, self.detect, self.required
+        for pattern, own in self.tasks.items():
+            if fnmatch.fnmatchcase(task, pattern):
+                margin = own.margin if own.margin is not None else margin
+                detect = own.detect if own.detect is not None else detect
+                required = own.required if own.required is not None else required
+        return TaskPolicy(margin=margin, detect=detect, required=required)
+
+
+def load_policy(path: Path) -> Policy:
+    """Read a policy.
+
+    Raises:
+        UsageError: names the file and the field that does not fit.
+    """
+    import yaml
+    from pydantic import ValidationError
+
+    from rice_eval.cards import first_problem
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: can't be read ({error.strerror})", "check the path given to --policy") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: is not YAML ({error})", "check the indentation") from error
+    try:
+        return Policy.model_validate({} if data is None else data)
+    except ValidationError as error:
+        fields = ", ".join(Policy.model_fields)
+        raise UsageError(f"{path}: {first_problem(error)}", f"fields of a policy: {fields}") from error
+
+
+@dataclass(frozen=True)
+class TaskVerdict:
+    """What the gate says of one task.
+
+    Attributes:
+        encoder: name of the encoder.
+        pair: baseline (a) and candidate (b).
+        status: ``pass``, ``warn``, ``fail`` or ``unusable``.
+        reason: one sentence.
+        test: the paired test; None where there was none.
+        p_adjusted: one-sided p, adjusted for the number of tasks.
+        margin: drop that is let through.
+        detectable: smallest true drop that this set and this policy see with the policy's power.
+    """
+
+    encoder: str
+    pair: Pair
+    status: Status
+    reason: str
+    test: Paired | None = None
+    p_adjusted: float | None = None
+    margin: float = 0.0
+    detectable: float | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        t = self.test
+        return {
+            "encoder": self.encoder,
+            "task": self.pair.task,
+            "protocol": self.pair.record.protocol.id,
+            "metric": self.pair.record.metric,
+            "status": self.status,
+            "reason": self.reason,
+            "baseline": None if t is None else t.a,
+            "candidate": None if t is None else t.b,
+            "difference": None if t is None else t.difference,
+            "low": None if t is None else t.low,
+            "high": None if t is None else t.high,
+            "p": None if t is None else t.p_worse,
+            "p_adjusted": self.p_adjusted,
+            "test": None if t is None else t.test,
+            "images": None if t is None else t.images,
+            "margin": self.margin,
+            "detectable": self.detectable,
+            "baseline_records": [str(e.path) for e in self.pair.a],
+            "candidate_records": [str(e.path) for e in self.pair.b],
+        }
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """All verdicts.
+
+    Attributes:
+        verdicts: by encoder and task.
+        policy: what they were made under.
+    """
+
+    verdicts: tuple[TaskVerdict, ...]
+    policy: Policy = field(default_factory=Policy)
+
+    def count(self, status: Status) -> int:
+        """Verdicts with this status."""
+        return sum(v.status == status for v in self.verdicts)
+
+    @property
+    def exit_code(self) -> int:
+        """1 where a task fails, else 2 where one is unusable, else 0."""
+        return 1 if self.count("fail") else 2 if self.count("unusable") else 0
+
+
+def run_gate(baseline: Iterable[StoredRecord], candidate: Iterable[StoredRecord], policy: Policy) -> GateReport:
+    """Judge a candidate against a baseline.
+
+    Where each side holds one encoder, the two are paired whatever their names; else encoders are paired by name.
+
+    Raises:
+        RecordError: a side holds two sets of weights under one name; damaged statistics.
+    """
+    open_verdicts = []
+    for name, a, b in _encoders(sides(baseline), sides(candidate)):
+        for pair in match(a, b):
+            open_verdicts.append((name, pair, *_tested(pair, policy)))
+    tests = [t for _, _, t, _ in open_verdicts if t is not None]
+    adjusted = iter(holm([t.p_worse for t in tests]))
+    verdicts = []
+    for name, pair, test, problem in open_verdicts:
+        if test is None:
+            verdicts.append(_without_test(name, pair, problem, policy))
+        else:
+            verdicts.append(_judge(name, pair, test, next(adjusted), len(tests), policy))
+    if not verdicts:
+        raise RecordError("the baseline and the candidate hold no records", "point at two results folders")
+    return GateReport(tuple(verdicts), policy)
+
+
+def _tested(pair: Pair, policy: Policy) -> tuple[Paired | None, str]:
+    if pair.problems:
+        return None, "; ".join(pair.problems)
+    tests = Tests(policy.resamples, policy.permutations, policy.seed)
+    try:
+        test, _, _ = test_pair(pair, tests)
+    except RecordError as error:
+        return None, str(error)
+    if test is None:
+        return None, "a record has no per-image statistics, so nothing can be tested"
+    if not math.isfinite(test.se) or not math.isfinite(test.difference):
+        return None, "the metric is undefined on most resamples of this set"
+    return test, ""
+
+
+def _encoders(baseline: list[Side], candidate: list[Side]) -> list[tuple[str, Side, Side]]:
+    if len(baseline) == len(candidate) == 1:
+        return [(candidate[0].label, baseline[0], candidate[0])]
+    for side, found in (("baseline", baseline), ("candidate", candidate)):
+        names = [s.records[0].record.encoder.name for s in found]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise RecordError(
+                f"the {side} holds several sets of weights of encoder '{twice[0]}'",
+                "point at a folder with one of them",
+            )
+    theirs = {s.label: s for s in candidate}
+    mine = {s.label: s for s in baseline}
+    empty = {name: Side(name, ()) for name in {*mine, *theirs}}
+    # An encoder that is new in the candidate has no baseline to fall from: it is not judged.
+    return [(name, side, theirs.get(name, empty[name])) for name, side in sorted(mine.items())]
+
+
+def _without_test(name: str, pair: Pair, problem: str, policy: Policy) -> TaskVerdict:
+    own = policy.of(pair.task)
+    if not pair.a:
+        return TaskVerdict(name, pair, "warn", f"not in the baseline: {problem}", margin=own.margin or 0.0)
+    status: Status = "unusable" if own.required else "warn"
+    return TaskVerdict(name, pair, status, problem, margin=own.margin or 0.0)
+
+
+def _judge(name: str, pair: Pair, test: Paired, p: float, tests: int, policy: Policy) -> TaskVerdict:
+    own = policy.of(pair.task)
+    margin = own.margin or 0.0
+    # Under Holm a single bad task among `tests` has to pass alpha / tests.
+    detectable = test.detectable(margin, policy.alpha / tests, policy.power)
+    unit = "" if pair.info.unit == "" else " points" if pair.info.unit == "%" else f" {pair.info.unit}"
+    drop = f"{abs(test.drop):.3g}{unit} {'worse' if test.drop > 0 else 'better'}" if test.drop else "no change"
+    status: Status = "pass"
+    reason = f"{drop} (p = {p:.3g})"
+    if test.drop > margin and p <= policy.alpha:
+        status, reason = "fail", f"{reason}, beyond the margin of {margin:g}"
+    elif test.drop > margin and test.drop > 0:
+        status, reason = "warn", f"{reason}: beyond the margin of {margin:g}, but this set can't tell it from chance"
+        if margin == 0.0 and own.detect is None:
+            # Without a margin every second equal pair lies below zero: that alone is worth no warning.
+            status, reason = "pass", f"{drop} (p = {p:.3g}): within chance"
+    if status != "fail" and own.detect is not None and detectable > own.detect:
+        status = "warn"
+        reason = f"{drop} (p = {p:.3g}): the smallest drop this set can see is {detectable:.3g}{unit}, above the wanted {own.detect:g}"
+    return TaskVerdict(name, pair, status, reason, test, p, margin, detectable)
