@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from rice_eval.datasets.base import Dataset
 
 __all__ = [
+    "Elsewhere",
     "Loaded",
     "Result",
     "RunOptions",
@@ -101,6 +102,15 @@ class Result:
     path: Path
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """A pass, or parts of it, that other processes made for this run: images, seconds, sentences for the record."""
+
+    forwards: int = 0
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
 @dataclass
 class Loaded:
     """An encoder in memory and the sources opened on it.
@@ -109,14 +119,14 @@ class Loaded:
         encoder: on its device.
         seconds: that loading took.
         sources: what its jobs read.
-        elsewhere: images and seconds of passes that other processes of the same run made for it; the first job that
-            reads a source takes them into its record.
+        elsewhere: passes that other processes of the same run made for it; the first job that reads a source takes
+            them into its record.
     """
 
     encoder: Encoder
     seconds: float
     sources: dict[SourceKey, Source]
-    elsewhere: dict[SourceKey, tuple[int, float]] = field(default_factory=dict)
+    elsewhere: dict[SourceKey, Elsewhere] = field(default_factory=dict)
 
 
 def evaluate(
@@ -241,7 +251,7 @@ def execute(
     options: RunOptions,
     report: Reporter,
     done: Callable[[Result], None] | None = None,
-    elsewhere: Mapping[SourceKey, tuple[int, float]] | None = None,
+    elsewhere: Mapping[SourceKey, Elsewhere] | None = None,
 ) -> list[Result]:
     """Run every job of a plan.
 
@@ -252,7 +262,7 @@ def execute(
         options: how to run.
         report: progress bars.
         done: called with each result as it is written.
-        elsewhere: images and seconds of passes that other processes of this run made, for a plan of one encoder.
+        elsewhere: passes that other processes of this run made, for a plan of one encoder.
     """
     store = ResultStore(options.results)
     bank = Bank(options.bank or default_bank_root()) if options.store else None
@@ -337,7 +347,7 @@ def _source_key(dataset: Dataset, view: str, encoder: Encoder, job: Job) -> Sour
 def _run_job(job: Job, plan: Plan, loaded: Loaded, store: ResultStore, options: RunOptions, report: Reporter) -> Result:
     train, test = plan.dataset(job.task, "train"), plan.dataset(job.task, "test")
     used: list[Source] = []
-    made: list[tuple[int, float]] = []
+    made: list[Elsewhere] = []
     layers = loaded.encoder.resolve_layers(job.protocol.layers(loaded.encoder.facts))
 
     def tokens(split: str, view: str) -> SourceView:
@@ -346,7 +356,7 @@ def _run_job(job: Job, plan: Plan, loaded: Loaded, store: ResultStore, options: 
         source = loaded.sources[key]
         if source not in used:
             used.append(source)
-            made.append(loaded.elsewhere.pop(key, (0, 0.0)))
+            made.append(loaded.elsewhere.pop(key, Elsewhere()))
         return source.select(layers)
 
     before = {id(s): (s.forwards, s.seconds) for s in loaded.sources.values()}
@@ -364,8 +374,8 @@ def _run_job(job: Job, plan: Plan, loaded: Loaded, store: ResultStore, options: 
     )
     outcome = job.protocol.run(context)
     ran = time.perf_counter() - start
-    passes = sum(s.seconds - before[id(s)][1] for s in used) + sum(seconds for _, seconds in made)
-    forwards = sum(s.forwards - before[id(s)][0] for s in used) + sum(count for count, _ in made)
+    passes = sum(s.seconds - before[id(s)][1] for s in used) + sum(m.seconds for m in made)
+    forwards = sum(s.forwards - before[id(s)][0] for s in used) + sum(m.forwards for m in made)
     start = time.perf_counter()
     bounds = intervals(outcome.statistics, resamples=options.resamples)
     seconds = {
@@ -380,6 +390,7 @@ def _run_job(job: Job, plan: Plan, loaded: Loaded, store: ResultStore, options: 
         update={
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
             "cost": _cost(loaded.encoder, used, forwards, passes),
+            "warnings": tuple(dict.fromkeys([*(note for m in made for note in m.notes), *record.warnings])),
         }
     )
     path = store.save(record, outcome.statistics)
