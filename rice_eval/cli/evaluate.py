@@ -226,6 +226,12 @@ def plan(
     include: Include = None,
     limit_train: LimitTrain = None,
     limit_test: LimitTest = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Time each encoder on blank frames and say how long its passes take.")
+    ] = False,
+    device: Device = "cpu",
+    batch_size: BatchSize = 16,
+    autocast: Autocast = None,
     as_json: AsJson = False,
 ) -> None:
     """What a run would do: passes, images, bytes, what is already in the bank. Does no work."""
@@ -242,6 +248,10 @@ def plan(
         include=include or (),
         limit_train=limit_train,
         limit_test=limit_test,
+        estimate=estimate,
+        device=device,
+        batch_size=batch_size,
+        autocast=autocast,
     )
     if as_json:
         typer.echo(json.dumps(rows, indent=2))

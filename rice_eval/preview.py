@@ -1,0 +1,72 @@
+"""What a run would do, before any work: its passes, their tokens and bytes, and what is in the bank already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rice_eval.bank.estimate import estimate_pass, measure_rate
+from rice_eval.bank.store import Bank, default_bank_root
+from rice_eval.progress import silent
+from rice_eval.run import RunOptions, check_loaded, load, open_sources, plan_of
+
+__all__ = ["preview"]
+
+
+def preview(
+    encoders: Sequence[str],
+    tasks: Sequence[str],
+    *,
+    bank: Path | None = None,
+    estimate: bool = False,
+    device: str = "cpu",
+    batch_size: int = 16,
+    autocast: str | None = None,
+    **arguments: Any,
+) -> list[dict[str, Any]]:
+    """One row a pass, in the order they would run. No image is decoded or pushed through an encoder.
+
+    Args:
+        encoders, tasks: as for ``rice_eval.evaluate``, whose plan arguments go into ``arguments``.
+        bank: the bank that the run would use.
+        estimate: measure each encoder on blank frames for some seconds, and say how long its passes take.
+        device, batch_size, autocast: how the run would forward.
+
+    Raises:
+        RiceEvalError: what the run itself would refuse.
+    """
+    plan = plan_of(encoders, tasks, **arguments)
+    root = bank or default_bank_root()
+    options = RunOptions(results=Path("."), bank=root, device=device, batch_size=batch_size, autocast=autocast)
+    rows = []
+    for ref, group in groupby(plan.jobs, key=lambda job: job.encoder):
+        jobs = list(group)
+        loaded = load(ref, plan, options)
+        for job in jobs:
+            check_loaded(job, loaded.encoder, plan)
+        open_sources(loaded, jobs, plan, Bank(root), options, silent)
+        for source in loaded.sources.values():
+            rate = None
+            if estimate:
+                rate = measure_rate(
+                    loaded.encoder, source.frame_size, batch_size=batch_size, device=device, autocast=autocast
+                )
+            cost = estimate_pass(source, rate)
+            row = {
+                "encoder": cost.encoder,
+                "dataset": f"{cost.dataset}/{cost.split}",
+                "view": cost.view,
+                "layers": ",".join(map(str, cost.layers)),
+                "dtype": cost.dtype,
+                "images": cost.images,
+                "in bank": cost.present,
+                "tokens": cost.tokens,
+                "MB": round(cost.bytes / 1e6, 1),
+                "MB in bank": round(cost.present_bytes / 1e6, 1),
+            }
+            if estimate:
+                row["seconds"] = round(cost.seconds, 1) if cost.seconds is not None else None
+            rows.append(row)
+    return rows
