@@ -175,6 +175,10 @@ class Source:
         """Numbers of the shards that are missing."""
         return tuple(self._ledger.missing())
 
+    def images_of(self, shard: int) -> int:
+        """How many images of the split belong to a shard."""
+        return len(self._ledger.plan.indices(shard))
+
     @property
     def frame_size(self) -> tuple[int, int]:
         """Height and width of the view's first frame on the first image that can be decoded."""
