@@ -96,6 +96,9 @@ def text_numbers(seen: Mapping[str, TensorInfo]) -> dict[str, int] | None:
         }
     except (KeyError, ValueError):
         return None
+    head = seen.get("text_model.head.weight")  # SigLIP: the giant's image tower is wider than its text tower
+    if head is not None and len(head.shape) == 2:
+        numbers["projection_size"] = head.shape[0]
     return numbers
 
 
@@ -215,9 +218,13 @@ def _from_card(
         if found.projection is not None:
             numbers["projection_dim"] = found.projection
         return getattr(library, spec.vision_config)(**numbers), notes
+    text_heads = options.get("text_heads") if same_width else None
+    if text_heads is None:
+        text_heads = max(1, found.text["hidden_size"] // 64)
+        notes.append(f"no config.json: heads of the text tower taken as width / 64 = {text_heads}")
     text = {
         **found.text,
-        "num_attention_heads": options.get("text_heads", max(1, found.text["hidden_size"] // 64)),
+        "num_attention_heads": text_heads,
         "hidden_act": options["act"],
         "eos_token_id": found.text["vocab_size"]
         - 1,  # the end of text is the highest id, which openai/CLIP finds by argmax
