@@ -1,0 +1,84 @@
+// Which plots the current board has, and what they are made of.
+const cost = { axis: "flops" };
+const COSTS = {
+  flops: { title: "FLOPs an image", short: "FLOPs", show: flops, less: true, of: (b, r) => b.flops[r] },
+  params: { title: "Parameters", short: "Parameters", show: params, less: true, of: (b, r) => D.encoders[b.encoder[r]].params },
+  speed: { title: "Images a second", short: "Images/s", show: speed, less: false, of: (b, r) => b.speed[r] },
+};
+
+function nameList(numbers) {
+  const shown = numbers.slice(0, 4).flatMap((e, k) => [k ? ", " : "", bdi(encoderName(e))]);
+  return numbers.length > 4 ? [...shown, ` and ${numbers.length - 4} more`] : shown;
+}
+
+function costFigure() {
+  const b = board();
+  const usable = Object.keys(COSTS).filter((key) => b.encoder.some((_, r) => COSTS[key].of(b, r) !== null));
+  if (!usable.includes(cost.axis)) cost.axis = usable[0] || "params";
+  const metric = headline(b);
+  const node = figure("Accuracy against cost", usable.length > 1 ? segments("Cost", usable.map((k) => [k, COSTS[k].short]), cost.axis, (v) => { cost.axis = v; node.redraw(); }) : null,
+    (width, caption) => {
+      const x = COSTS[cost.axis];
+      const items = b.encoder.map((e, r) => ({ name: encoderName(e), color: colorOf(e), x: x.of(b, r), y: metric.value[r], low: metric.low[r], high: metric.high[r], text: metricText(metric, r), e }));
+      const missing = items.filter((i) => i.x === null).map((i) => i.e);
+      caption(["The dashed line joins encoders that nothing cheaper beats.", ...(missing.length ? [` ${x.short} not known: `, ...nameList(missing), "."] : []),
+        ...(cost.axis === "speed" ? [" Speed is of the pass that made the tokens, on each record's own device."] : [])]);
+      return scatter(items, x, { title: plural(metric), higher: metric.higher }, width);
+    }, ["picked"], "", true);
+  return node;
+}
+
+function legend() {
+  const list = picked();
+  if (!list.length) return el("p", { class: "dim small" }, "Select encoders in the table to compare them here.");
+  return el("ul", { class: "chips", "aria-label": "Selected encoders" }, list.map((e) => el("li", { class: "chip" },
+    el("span", { class: "dot", style: { background: colorOf(e) } }), bdi(encoderName(e)),
+    el("button", { type: "button", "aria-label": `Remove ${isolate(encoderName(e))} from the plots`, onclick: () => pick(e, false) }, "×"))));
+}
+
+function layerFigure() {
+  const b = board();
+  if (!Object.values(b.detail).some((d) => d.layers.length > 1)) return null;
+  return figure("By layer", null, (width, caption) => {
+    const series = [];
+    const missing = [];
+    for (const e of picked()) {
+      const r = rowOf(b, e);
+      if (r < 0) continue;
+      const curve = b.detail[r]?.layers || [];
+      if (!curve.length) missing.push(e);
+      else series.push({ name: encoderName(e), color: colorOf(e), points: curve.map(([layer, score]) => ({ x: layer, y: score, text: [`layer ${layer} of ${D.encoders[e].layers}`, `held-out score ${tidy(score)}`] })) });
+    }
+    caption(["Best head of each layer, scored on the held-out part of train.", ...(missing.length ? [" No single-layer heads for ", ...nameList(missing), "."] : [])]);
+    return lines(series, { title: "Layer" }, { title: "Held-out score" }, width);
+  }, ["picked"]);
+}
+
+function resolutionFigure() {
+  const b = board();
+  const views = D.boards.filter((other) => other.family === b.family);
+  if (views.length < 2) return null;
+  const metric = headline(b);
+  return figure("By resolution", null, (width, caption) => {
+    caption(`The same task and protocol at ${count(views.length, "view")}: ${views.map((v) => v.view).join("; ")}. Each view is ranked on its own.`);
+    const series = picked().map((e) => ({ name: encoderName(e), color: colorOf(e), points: views.flatMap((v) => {
+      const r = rowOf(v, e);
+      if (r < 0) return [];
+      const m = headline(v);
+      return [{ x: v.tokens[r], y: m.value[r], low: m.low[r], high: m.high[r], text: [`view ${isolate(v.view)}, ${Math.round(v.tokens[r])} tokens`, metricText(m, r)] }];
+    }).sort((p, q) => p.x - q.x) })).filter((s) => s.points.length);
+    return lines(series, { title: "Tokens an image, log scale", log: true }, { title: plural(metric) }, width);
+  }, ["picked"]);
+}
+
+function plotsPart() {
+  const slot = el("div", {});
+  const draw = () => slot.replaceChildren(legend());
+  draw();
+  plotsPart.draw = draw;
+  const rest = [profilePart(), layerFigure(), resolutionFigure()].filter(Boolean);
+  const halves = rest.filter((node) => !node.classList.contains("full"));
+  if (halves.length === 1) halves[0].classList.add("full");
+  return part("plots", "Compare", slot, null, el("div", { class: "charts" }, costFigure(), rest));
+}
+on(["picked"], () => plotsPart.draw?.());
