@@ -180,7 +180,9 @@ def read_pickle(file: Path, slot: str | None) -> dict[str, Tensor]:
         data = torch.load(file, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if named or "weights_only" in str(error).lower():
+        if named or re.search(
+            r"unsupported (class|global)|can only build|trying to (call|instantiate)", str(error), re.I
+        ):
             what = f" ({named.group(1)})" if named else ""
             raise CheckpointError(
                 f"{file}: a pickle that holds code or objects beside tensors{what}; it was not run",

@@ -200,7 +200,7 @@ def _prove(vision: nn.Module, run: Callable[[Tensor], Any], patch: int, native: 
                 out = run(torch.zeros(1, 3, native, native))
             last = out.last_hidden_state
             normed = norm(caught[-1]) if norm is not None else caught[-1]
-    except (RuntimeError, TypeError, AttributeError, IndexError) as error:
+    except (RuntimeError, TypeError, AttributeError, IndexError, PlanError) as error:
         raise CheckpointError(
             f"{where}: a small forward failed ({first_line(error)})", "hf: reads ViT-like models only"
         ) from error

@@ -84,7 +84,9 @@ def onevision(state: dict[str, Tensor], merger: bool = True, prefix: str = "visu
         out["merger.ln_q.weight"] = torch.randn(32)
         out["merger.mlp.0.weight"] = torch.randn(128, 128)
     out = {prefix + k: v for k, v in out.items()}
-    out["language_model.embed_tokens.weight" if prefix == "visual." else "model.language_model.norm.weight"] = torch.randn(8)
+    out["language_model.embed_tokens.weight" if prefix == "visual." else "model.language_model.norm.weight"] = (
+        torch.randn(8)
+    )
     return out
 
 

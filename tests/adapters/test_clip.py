@@ -47,7 +47,9 @@ def _reference(folder: Path, pixels: Tensor) -> Any:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", ["full", "projected", "vision"])
-def test_tokens_equal_transformers_at_every_block(folder: Path, tmp_path: Path, kind: str, size: tuple[int, int]) -> None:
+def test_tokens_equal_transformers_at_every_block(
+    folder: Path, tmp_path: Path, kind: str, size: tuple[int, int]
+) -> None:
     if kind != "full":
         cls = transformers.CLIPVisionModel if kind == "vision" else transformers.CLIPVisionModelWithProjection
         randomise(cls(transformers.CLIPVisionConfig(**VISION, **NATIVE, projection_dim=20))).save_pretrained(tmp_path)  # type: ignore[operator]
@@ -73,7 +75,9 @@ def test_embeddings_and_zero_shot_scores_equal_transformers(folder: Path) -> Non
     x = images(32, 32)
     with torch.no_grad():
         inputs = tokenizer(TEXTS, padding=True, truncation=True, max_length=12, return_tensors="pt")
-        out = model(pixel_values=encoder.normalise(x), input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])  # type: ignore[attr-defined]
+        out = model(
+            pixel_values=encoder.normalise(x), input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+        )  # type: ignore[attr-defined]
     ours, theirs = encoder.embed_image(x), encoder.embed_text(TEXTS)
     torch.testing.assert_close(ours, out.image_embeds, atol=1e-6, rtol=0)
     torch.testing.assert_close(theirs, out.text_embeds, atol=1e-6, rtol=0)
@@ -102,7 +106,10 @@ def _openai(model: Any) -> dict[str, Tensor]:
         out[f"visual.ln_pre.{p}"] = s[f"vision_model.pre_layrnorm.{p}"]
         out[f"visual.ln_post.{p}"] = s[f"vision_model.post_layernorm.{p}"]
         out[f"ln_final.{p}"] = s[f"text_model.final_layer_norm.{p}"]
-        for theirs, ours, depth in (("visual.transformer.resblocks", "vision_model", 3), ("transformer.resblocks", "text_model", 2)):
+        for theirs, ours, depth in (
+            ("visual.transformer.resblocks", "vision_model", 3),
+            ("transformer.resblocks", "text_model", 2),
+        ):
             for n in range(depth):
                 a, b = f"{theirs}.{n}.", f"{ours}.encoder.layers.{n}."
                 out[f"{a}attn.in_proj_{p}"] = torch.cat([s[f"{b}self_attn.{q}_proj.{p}"] for q in "qkv"])
@@ -116,7 +123,9 @@ def test_openai_names_give_the_same_model(tmp_path: Path) -> None:
     """Heads are 64 wide where nothing else tells, so this model is as wide as two of them."""
     text = {**TEXT, "hidden_size": 64, "num_attention_heads": 1, "eos_token_id": 29, "hidden_act": "quick_gelu"}
     vision = {**VISION, **NATIVE, "hidden_size": 128, "num_attention_heads": 2, "hidden_act": "quick_gelu"}
-    model = randomise(transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=20)))
+    model = randomise(
+        transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=20))
+    )
     model.save_pretrained(tmp_path / "hub")  # type: ignore[operator]
     torch.save(_openai(model), tmp_path / "openai.pt")
     hub, openai = load_encoder(NAME, weights=tmp_path / "hub"), load_encoder(NAME, weights=tmp_path / "openai.pt")

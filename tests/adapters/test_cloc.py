@@ -155,7 +155,9 @@ def test_whole_model_follows_the_equations(model: ClocModel, encoder: ClocEncode
             z = reference.box([float(v) for v in boxes[j]], last)
             torch.testing.assert_close(row.double(), z / z.norm(), atol=1e-5, rtol=1e-4)
         for j, row in enumerate(grounded[i]):
-            torch.testing.assert_close(row.double(), reference.ground(reference.text(ids[j]), last), atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                row.double(), reference.ground(reference.text(ids[j]), last), atol=2e-5, rtol=1e-4
+            )
     for j in range(2):
         t = reference.text(ids[j])
         torch.testing.assert_close(texts[j].double(), t / t.norm(), atol=1e-5, rtol=1e-4)
@@ -167,7 +169,9 @@ def test_abilities_and_protocols(encoder: ClocEncoder) -> None:
     assert encoder.facts.abilities == ("image", "regions")  # no tokenizer beside the weights: no text
     assert encoder.facts.layers == 2
     assert encoder.facts.widths == (16, 16)
-    assert encoder.facts.params == sum(p.numel() for n, p in encoder._model.named_parameters() if n.startswith("image."))
+    assert encoder.facts.params == sum(
+        p.numel() for n, p in encoder._model.named_parameters() if n.startswith("image.")
+    )
 
 
 def test_boxes_do_not_depend_on_the_unit_the_view_was_measured_in(encoder: ClocEncoder) -> None:
@@ -179,7 +183,10 @@ def test_boxes_do_not_depend_on_the_unit_the_view_was_measured_in(encoder: ClocE
     scale = torch.tensor([48.0, 32.0, 48.0, 32.0])
     twice = (pixels * 2) / (scale * 2)
     torch.testing.assert_close(
-        encoder.region_features(tokens, [pixels / scale])[0], encoder.region_features(tokens, [twice])[0], atol=0, rtol=0
+        encoder.region_features(tokens, [pixels / scale])[0],
+        encoder.region_features(tokens, [twice])[0],
+        atol=0,
+        rtol=0,
     )
     # A letterbox only moves the box: its content keeps its coordinates relative to the padded image.
     padded = torch.nn.functional.pad(images, (0, 0, 0, 16))

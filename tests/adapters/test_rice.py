@@ -16,9 +16,8 @@ from rice_eval.adapters.rice import from_blocks
 from rice_eval.errors import CheckpointError, PlanError
 
 transformers = pytest.importorskip("transformers")
-from safetensors.torch import load_file, save_file  # noqa: E402
-
 import rice_layouts as layouts  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from tiny_models import images, randomise  # noqa: E402
 
 NAME = "rice-vit-l-14-560"
@@ -86,7 +85,9 @@ def _layouts(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_all_layouts_give_the_same_tokens_bit_for_bit(folder: Path, state: dict[str, Tensor], tmp_path: Path, suffix: str) -> None:
+def test_all_layouts_give_the_same_tokens_bit_for_bit(
+    folder: Path, state: dict[str, Tensor], tmp_path: Path, suffix: str
+) -> None:
     x = images(28, 56)
     own = load_encoder(NAME, weights=folder)
     expected = own.encode(x, layers=(1, 3), norm=False)
@@ -128,7 +129,9 @@ def test_onevision_tokens_in_blocks_are_ours_in_raster_order(folder: Path, state
     for n in range(3):
         b = f"blocks.{n}."
         y = torch.nn.functional.layer_norm(h, (width,), w[b + "norm1.weight"], w[b + "norm1.bias"])
-        q, k, v = (y @ w[b + "attn.qkv.weight"].T + w[b + "attn.qkv.bias"]).reshape(-1, 3, heads, size).permute(1, 2, 0, 3)
+        q, k, v = (
+            (y @ w[b + "attn.qkv.weight"].T + w[b + "attn.qkv.bias"]).reshape(-1, 3, heads, size).permute(1, 2, 0, 3)
+        )
         mixed = torch.softmax(turn(q) @ turn(k).transpose(-1, -2) / math.sqrt(size), -1) @ v
         h = h + mixed.transpose(0, 1).reshape(-1, width) @ w[b + "attn.proj.weight"].T + w[b + "attn.proj.bias"]
         y = torch.nn.functional.layer_norm(h, (width,), w[b + "norm2.weight"], w[b + "norm2.bias"])
@@ -199,7 +202,9 @@ BREAKS = {
 
 @pytest.mark.parametrize("name", BREAKS)
 @pytest.mark.parametrize("layout", [layouts.hub4, layouts.hub5])
-def test_broken_files_are_refused_with_their_keys(state: dict[str, Tensor], tmp_path: Path, name: str, layout: Any) -> None:
+def test_broken_files_are_refused_with_their_keys(
+    state: dict[str, Tensor], tmp_path: Path, name: str, layout: Any
+) -> None:
     damaged = dict(state)
     BREAKS[name][0](damaged)  # type: ignore[operator]
     with pytest.raises(CheckpointError) as caught:
@@ -245,7 +250,9 @@ def test_the_card_catches_a_last_block_cut_off(state: dict[str, Tensor], tmp_pat
     found = find(open_checkpoint(path))
     assert found is not None
     found.numbers.update(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23)
-    with pytest.raises(CheckpointError, match=r"23 blocks where ViT-L/14 has 24 .*transformer\.resblocks\.23\.ln_1\.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"23 blocks where ViT-L/14 has 24 .*transformer\.resblocks\.23\.ln_1\.weight"
+    ):
         config_for(found, LoadRequest(card, family, path))
 
 

@@ -27,7 +27,11 @@ SIZES = [(32, 32), (48, 48), (24, 40)]
 def fixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("siglip")
     vision = {**VISION, "image_size": 32, "patch_size": 8}
-    randomise(transformers.SiglipModel(transformers.SiglipConfig(text_config={**TEXT, "projection_size": 32}, vision_config=vision))).save_pretrained(out)  # type: ignore[operator]
+    randomise(
+        transformers.SiglipModel(
+            transformers.SiglipConfig(text_config={**TEXT, "projection_size": 32}, vision_config=vision)
+        )
+    ).save_pretrained(out)  # type: ignore[operator]
     save_tokenizer(out, pooled_last=True)
     return out
 
@@ -36,7 +40,11 @@ def fixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def naflex(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("siglip2")
     vision = {**VISION, "num_patches": 16, "patch_size": 8}
-    randomise(transformers.Siglip2Model(transformers.Siglip2Config(text_config={**TEXT, "projection_size": 32}, vision_config=vision))).save_pretrained(out)  # type: ignore[operator]
+    randomise(
+        transformers.Siglip2Model(
+            transformers.Siglip2Config(text_config={**TEXT, "projection_size": 32}, vision_config=vision)
+        )
+    ).save_pretrained(out)  # type: ignore[operator]
     save_tokenizer(out, pooled_last=True)
     return out
 
@@ -54,7 +62,9 @@ def test_fixed_tokens_equal_transformers_at_every_block(fixed: Path, size: tuple
     encoder = load_encoder(FIXED, weights=fixed)
     x = images(*size)
     pixels = encoder.normalise(x)  # type: ignore[attr-defined]
-    raw, normed, last = _reference(transformers.SiglipVisionModel, fixed, pixel_values=pixels, interpolate_pos_encoding=True)
+    raw, normed, last = _reference(
+        transformers.SiglipVisionModel, fixed, pixel_values=pixels, interpolate_pos_encoding=True
+    )
     off, on = encoder.encode(x, layers=(1, 2, 3), norm=False), encoder.encode(x, layers=(1, 2, 3), norm=True)
     for n in (1, 2):
         assert torch.equal(off.patches[n], raw[n])
@@ -146,7 +156,10 @@ def test_broken_files_are_refused(fixed: Path, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
     block = "vision_model.encoder.layers.1."
-    refused({k: v for k, v in state.items() if not k.startswith(block)}, r"16 keys missing \(vision_model\.encoder\.layers\.1\.")
+    refused(
+        {k: v for k, v in state.items() if not k.startswith(block)},
+        r"16 keys missing \(vision_model\.encoder\.layers\.1\.",
+    )
     key = "vision_model.head.mlp.fc1.weight"
     refused({**state, key: state[key].T.contiguous()}, "transposed")
     refused({**state, "vision_model.extra": torch.zeros(1)}, "unexpected")

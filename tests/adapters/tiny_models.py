@@ -20,7 +20,12 @@ TEXT: dict[str, Any] = {
     "pad_token_id": 0,
 }
 WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", "a", "photo", "of", "cat", "dog", "red", "car", "street", "the", "on"]
-TEXTS = ["a photo of a cat", "The DOG on a street", "red car", "a photo of a red car on the street the street the street cat"]
+TEXTS = [
+    "a photo of a cat",
+    "The DOG on a street",
+    "red car",
+    "a photo of a red car on the street the street the street cat",
+]
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -40,10 +45,17 @@ def save_tokenizer(folder: Path, pooled_last: bool = False) -> None:
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.Whitespace()
-    core.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)])
+    core.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
     names = ["input_ids"] if pooled_last else ["input_ids", "attention_mask"]
     PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", model_input_names=names
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        model_input_names=names,
     ).save_pretrained(folder)
 
 
