@@ -7,6 +7,8 @@ from typing import Any
 
 __all__ = ["print_table"]
 
+_NO_TERMINAL = 2000  # columns: a pipe or a file has no width, so nothing is folded there
+
 
 def print_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> None:
     """Print rows as an aligned table; the columns are the keys of the first row. Text is never read as markup."""
@@ -15,9 +17,8 @@ def print_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> 
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(soft_wrap=False)
     if not rows:
-        console.print("nothing to show")
+        print("nothing to show")
         return
     table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in rows[0]:
@@ -25,10 +26,14 @@ def print_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> 
         table.add_column(Text(str(name)), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text("" if row.get(name) is None else str(row.get(name))) for name in rows[0]))
-    if not console.is_terminal:
-        # A pipe or a file has no width: never fold there.
-        console = Console(width=max(console.width, 400), soft_wrap=True)
-    console.print(table)
+    console = Console()
+    if console.is_terminal:
+        console.print(table)
+        return
+    wide = Console(width=_NO_TERMINAL)
+    with wide.capture() as captured:
+        wide.print(table)
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()).strip("\n"))
 
 
 def _is_number(value: Any) -> bool:
