@@ -326,6 +326,11 @@ class Tar(_Tree):
                 raise DataError(f"{self.root}: truncated inside {name}", "fetch the archive again")
             self._spans[name] = span
             self._plant(name, span[1])
+        # The library takes a cut-off tail for the end; a whole tar ends with blocks of zeros.
+        assert archive.fileobj is not None
+        archive.fileobj.seek(archive.offset)
+        if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise DataError(f"{self.root}: cut off, it has no end marker", "fetch the archive again")
 
     def open(self, name: str) -> IO[bytes] | None:
         """See ``Layer``."""

@@ -25,6 +25,7 @@ SPLITS: Mapping[str, tuple[str, ...]] = {
     "coco": ("train2017", "val2017"),
     "coco-panoptic": ("train2017", "val2017"),
     "coco-stuff": ("train2017", "val2017"),
+    "flickr30k-entities": ("train", "val", "test"),
     "funsd": ("train", "test"),
     "icdar2015": ("train", "test"),
     "lvis": ("train", "val"),
@@ -33,6 +34,7 @@ SPLITS: Mapping[str, tuple[str, ...]] = {
     "scenes": ("train", "val"),
     "sroie": ("train", "val"),
     "totaltext": ("train", "test"),
+    "visual-genome": ("all",),
     "voc-detection": ("trainval", "test"),
     "voc2012": ("train", "val"),
 }
