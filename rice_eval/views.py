@@ -10,11 +10,13 @@ A view is written as a comma-separated list: a *base* that scales the image, the
 ``native``          no scaling
 ``slide=STRIDE``    with ``crop=C`` (or after ``short=S``, whose S is then C): windows of C x C at this stride, the last ones
                     shifted back inside, as mmseg's slide inference places them
+``slide=even``      as many windows as it takes to cover each side, spread evenly (benchmark-vfm-ss)
 ``crop=C``          side of the sliding window
 ``pad=M``           pad to a multiple of M, centred (DINOv2's CenterPadding); pixels added are the encoder's mean colour;
                     ``pad=patch`` takes the encoder's patch
 ``flip``            mirror left-right, last of all
-``interp=NAME``     ``bicubic`` (default) or ``bilinear``; both antialiased when shrinking
+``interp=NAME``     ``bicubic`` (default) or ``bilinear``, both antialiased when shrinking; or ``plain``, bilinear without
+                    antialiasing, as OpenCV's ``INTER_LINEAR`` and so mmcv scale images
 ==================  =====================================================================================================
 
 A number followed by ``p`` counts patches: ``square=32p`` is 448 px for a patch of 14 and 512 px for one of 16, the same
@@ -37,14 +39,18 @@ from PIL import Image as Pil
 
 from rice_eval.errors import UsageError
 
-__all__ = ["Frame", "View"]
+__all__ = ["Frame", "Interpolation", "View", "resize"]
 
 Image = NDArray[np.uint8]
 Points = NDArray[np.float64]
-Interpolation = Literal["bicubic", "bilinear"]
+Interpolation = Literal["bicubic", "bilinear", "plain"]
 
 _BASES = ("square", "short", "long", "letterbox", "native")
-_RESAMPLING = {"bicubic": Pil.Resampling.BICUBIC, "bilinear": Pil.Resampling.BILINEAR}
+_RESAMPLING: dict[Interpolation, Pil.Resampling | None] = {
+    "bicubic": Pil.Resampling.BICUBIC,
+    "bilinear": Pil.Resampling.BILINEAR,
+    "plain": None,
+}
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,7 @@ class View:
         pad: 1 for no padding, 0 for the encoder's patch.
         flip: mirrored left-right.
         interp: interpolation of the scaling.
+        even: windows are spread evenly; ``stride`` is then the crop.
     """
 
     base: str
@@ -157,6 +164,7 @@ class View:
     pad: int = 1
     flip: bool = False
     interp: Interpolation = "bicubic"
+    even: bool = False
 
     @classmethod
     def parse(cls, text: str) -> View:
@@ -180,19 +188,19 @@ class View:
         for bare in ("native", "flip"):
             if words.get(bare):
                 raise _bad(text, f"'{bare}' takes no value")
-        interp = words.get("interp", "bicubic")
-        if interp not in _RESAMPLING:
-            raise _bad(text, f"interpolation '{interp}' is not one of {', '.join(_RESAMPLING)}")
+        interp = next((known for known in _RESAMPLING if known == words.get("interp", "bicubic")), None)
+        if interp is None:
+            raise _bad(text, f"interpolation '{words['interp']}' is not one of {', '.join(_RESAMPLING)}")
         side = 0 if base == "native" else _number(text, base, words[base])
-        stride = _number(text, "slide", words["slide"]) if "slide" in words else 0
-        crop = _number(text, "crop", words["crop"]) if "crop" in words else (side if stride else 0)
+        even = words.get("slide") == "even"
+        stride = _number(text, "slide", words["slide"]) if "slide" in words and not even else 0
+        crop = _number(text, "crop", words["crop"]) if "crop" in words else (side if stride or even else 0)
+        stride = crop if even else stride
         if crop and not stride:
             raise _bad(text, "'crop' is the side of a sliding window and needs 'slide=STRIDE'")
         if stride and (base in ("square", "letterbox") or not crop):
             raise _bad(text, "'slide' goes with short=, long= or native, and needs a 'crop'")
-        if stride and (stride < 0) != (crop < 0):
-            raise _bad(text, "give 'slide' and 'crop' both in pixels or both in patches")
-        if abs(stride) > abs(crop):
+        if (stride < 0) == (crop < 0) and abs(stride) > abs(crop):
             raise _bad(text, f"a stride of {stride} leaves gaps between windows of {crop}".replace("-", ""))
         return cls(
             base=base,
@@ -201,13 +209,14 @@ class View:
             stride=stride,
             pad=0 if words.get("pad") == "patch" else _number(text, "pad", words.get("pad", "1"), patches=False),
             flip="flip" in words,
-            interp="bilinear" if interp == "bilinear" else "bicubic",
+            interp=interp,
+            even=even,
         )
 
     def __str__(self) -> str:
         parts = [self.base if self.base == "native" else f"{self.base}={_text(self.side)}"]
         if self.stride:
-            parts.append(f"slide={_text(self.stride)}")
+            parts.append("slide=even" if self.even else f"slide={_text(self.stride)}")
             if self.crop != self.side:
                 parts.append(f"crop={_text(self.crop)}")
         if self.pad != 1:
@@ -219,8 +228,14 @@ class View:
         return ",".join(parts)
 
     def resolve(self, patch: int) -> View:
-        """The same view in pixels for an encoder whose sides must be multiples of ``patch``."""
+        """The same view in pixels for an encoder whose sides must be multiples of ``patch``.
+
+        Raises:
+            UsageError: a stride in pixels and a crop in patches, or the other way round, that leave gaps at this patch.
+        """
         side, crop, stride = (-n * patch if n < 0 else n for n in (self.side, self.crop, self.stride))
+        if stride > crop:
+            raise _bad(str(self), f"a stride of {stride} leaves gaps between windows of {crop} (patch {patch})")
         return replace(self, side=side, crop=crop, stride=stride, pad=self.pad or patch)
 
     def frames(self, height: int, width: int) -> tuple[Frame, ...]:
@@ -233,7 +248,8 @@ class View:
             raise UsageError(f"view '{self}' counts patches", "resolve it with the encoder's patch first")
         scaled = self._scaled(height, width)
         if self.stride:
-            spans = [_windows(side, self.crop, self.stride) for side in scaled]
+            place = _even_windows if self.even else _windows
+            spans = [place(side, self.crop, self.stride) for side in scaled]
             places = [(top, left, bottom - top, right - left) for top, bottom in spans[0] for left, right in spans[1]]
         elif self.base == "letterbox":
             places = [(0, 0, self.side, self.side)]
@@ -269,9 +285,24 @@ class View:
         frames = self.frames(height, width)
         scaled = frames[0].scaled
         if scaled != (height, width):
-            resized = Pil.fromarray(image).resize((scaled[1], scaled[0]), _RESAMPLING[self.interp])
-            image = np.asarray(resized, dtype=np.uint8)
+            image = resize(image, scaled, self.interp)
         return [(_cut(image, frame, fill), frame) for frame in frames]
+
+
+def resize(image: Image, size: tuple[int, int], interp: Interpolation) -> Image:
+    """``(H, W, 3)`` uint8 to ``(*size, 3)`` uint8; see ``interp`` above."""
+    filter_ = _RESAMPLING[interp]
+    if filter_ is not None:
+        return np.asarray(Pil.fromarray(image).resize((size[1], size[0]), filter_), dtype=np.uint8)
+    out = image.astype(np.float32)
+    for axis in (0, 1):
+        full, wanted = out.shape[axis], size[axis]
+        place = (np.arange(wanted) + 0.5) * (full / wanted) - 0.5
+        before = np.floor(place).astype(np.int64)
+        share = (place - before).astype(np.float32).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
+        near, far = (np.take(out, k.clip(0, full - 1), axis=axis) for k in (before, before + 1))
+        out = near + (far - near) * share
+    return np.rint(out).astype(np.uint8)
 
 
 def _cut(image: Image, frame: Frame, fill: tuple[int, int, int]) -> Image:
@@ -296,6 +327,13 @@ def _windows(side: int, crop: int, stride: int) -> list[tuple[int, int]]:
         end = min(k * stride + crop, side)
         spans.append((max(end - crop, 0), end))
     return spans
+
+
+def _even_windows(side: int, crop: int, stride: int) -> list[tuple[int, int]]:
+    """The fewest windows that cover the side, evenly spread; starts are rounded down. ``stride`` is not read."""
+    count = max(1, -(-side // crop))
+    gap = (side - crop) / (count - 1) if count > 1 else 0.0
+    return [(int(k * gap), min(int(k * gap) + crop, side)) for k in range(count)]
 
 
 def _number(text: str, key: str, value: str, patches: bool = True) -> int:

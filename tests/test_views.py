@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rice_eval.errors import UsageError
-from rice_eval.views import View
+from rice_eval.views import View, resize
 
 VIEWS = [
     "square=56",
@@ -20,6 +22,7 @@ VIEWS = [
     "short=40,slide=27,pad=14",
     "native,slide=30,crop=42",
     "letterbox=56,flip,interp=bilinear",
+    "short=28,slide=even,interp=plain",
     "native,pad=14",
 ]
 sides = st.integers(1, 150)
@@ -127,8 +130,35 @@ def test_views_in_patches_resolve_to_pixels(patch, count):
 
 
 @pytest.mark.parametrize(
-    "text", ["short=3p,slide=14", "pad=patch", "square=0p", "square=p", "square=-3", "square=9,pad=2p"]
+    "text", ["short=3p,slide=4p", "pad=patch", "square=0p", "square=p", "square=-3", "square=9,pad=2p"]
 )
 def test_bad_views_in_patches_end_in_one_line(text):
     with pytest.raises(UsageError):
         View.parse(text)
+
+
+def test_a_stride_in_pixels_and_a_crop_in_patches_are_checked_at_the_patch():
+    view = View.parse("short=32p,slide=341")
+    assert str(view.resolve(16)) == "short=512,slide=341"
+    assert view.resolve(14).crop == 448
+    with pytest.raises(UsageError, match="leaves gaps"):
+        view.resolve(10)
+
+
+@pytest.mark.parametrize("side", [28, 29, 55, 56, 57, 100])
+def test_even_windows_cover_the_side_with_as_few_as_it_takes(side):
+    frames = View.parse("native,crop=28,slide=even").frames(28, side)
+    assert len(frames) == -(-side // 28)
+    spans = [frame.window[1::2] for frame in frames]
+    assert spans[0][0] == 0
+    assert spans[-1][1] == side
+    assert all(right - left == 28 for left, right in spans)
+    assert all(a[1] >= b[0] for a, b in pairwise(spans))
+
+
+def test_plain_scaling_is_opencvs():
+    cv2 = pytest.importorskip("cv2")
+    image = np.random.default_rng(0).integers(0, 256, (40, 61, 3)).astype(np.uint8)
+    for size in ((20, 30), (63, 91), (40, 17)):
+        expected = cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR).astype(int)
+        assert abs(resize(image, size, "plain").astype(int) - expected).max() <= 1  # OpenCV works in fixed point
