@@ -140,18 +140,47 @@ class ApStatistics(Statistics):
         """``(P, 4)``: image, class, area index, number of targets that count."""
 
     def values(self, weights: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-        """``ap``, ``ap50``, ``ap75`` in percent, and under LVIS's rule ``apr``, ``apc``, ``apf``. See ``Statistics.values``."""
-        table = self._precision(np.asarray(weights, dtype=np.float64), area=0, limit=MAX_DETECTIONS[self.rule][-1])
+        """In percent; see ``Statistics.values``.
+
+        ``ap``, ``ap50``, ``ap75``; ``aps``, ``apm``, ``apl`` of small, medium and large targets; ``ar`` with the most
+        detections an image; under LVIS's rule ``apr``, ``apc``, ``apf`` too.
+        """
+        weights = np.asarray(weights, dtype=np.float64)
+        limit = MAX_DETECTIONS[self.rule][-1]
+        table = self._precision(weights, area=0, limit=limit)
         out = {
             "ap": _mean(table, (1, 2)),
             "ap50": _mean(table[:, :, :1], (1, 2)),
             "ap75": _mean(table[:, :, 5:6], (1, 2)),
+            "ar": _mean(self._recall(weights, 0, limit), (1, 2)),
         }
+        for k, name in enumerate(("aps", "apm", "apl"), 1):
+            out[name] = _mean(self._precision(weights, k, limit), (1, 2))
         for group, name in (("r", "apr"), ("c", "apc"), ("f", "apf")):
             if self.frequency is not None:
                 picked = np.array([f == group for f in self.frequency])
                 out[name] = _mean(table[:, picked], (1, 2)) if picked.any() else np.full(len(table), np.nan)
         return {name: 100.0 * value for name, value in out.items()}
+
+    def concat(self, other: Statistics) -> ApStatistics:
+        """See ``Statistics.concat``."""
+        if not isinstance(other, ApStatistics) or (other.classes, other.rule) != (self.classes, self.rule):
+            raise ValueError("the two sets have different classes or rules")
+        shifted = other.targets.copy()
+        shifted[:, 0] += len(self)
+        return ApStatistics(
+            self.image_ids + other.image_ids,
+            self.classes,
+            self.rule,
+            np.concatenate([self.detection_image, other.detection_image + len(self)]),
+            np.concatenate([self.detection_class, other.detection_class]),
+            np.concatenate([self.detection_score, other.detection_score]),
+            np.concatenate([self.detection_rank, other.detection_rank]),
+            np.concatenate([self.matched, other.matched]),
+            np.concatenate([self.ignored, other.ignored]),
+            np.concatenate([self.targets, shifted]),
+            self.frequency,
+        )
 
     def summary(self) -> dict[str, float]:
         """COCO's twelve numbers (LVIS's thirteen) as fractions, -1 where there are no targets, as the reference prints them."""
@@ -279,22 +308,26 @@ def _average_precision(
 ) -> NDArray[np.float64]:
     """``(R, T)`` 101-point AP of one class.
 
+    Only places of true positives are looked at: recall rises nowhere else, and precision is highest there. A true positive
+    brings its (interpolated) precision to as many of the 101 recalls as its rise of recall passes.
+
     Args:
         weights: ``(R, m)`` weight of each detection's image, in order of descending score.
         hit, miss: ``(m, T)``.
         wanted: ``(R,)`` weighted targets, above zero.
     """
-    out = np.empty((len(weights), hit.shape[1]))
+    out = np.zeros((len(weights), hit.shape[1]))
     for t in range(hit.shape[1]):
-        tp = np.cumsum(weights * hit[:, t], axis=1)
-        fp = np.cumsum(weights * miss[:, t], axis=1)
-        recall = tp / wanted[:, None]
+        places = np.flatnonzero(hit[:, t])
+        if not len(places):
+            continue
+        last = places[-1] + 1
+        tp = np.cumsum(weights[:, places], axis=1)
+        fp = np.cumsum(weights[:, :last] * miss[:last, t], axis=1)[:, places]
         precision = tp / (fp + tp + _EPS)
         precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-        for r in range(len(weights)):
-            place = np.searchsorted(recall[r], RECALLS, side="left")
-            reached = place < recall.shape[1]
-            out[r, t] = precision[r, place[reached]].sum() / len(RECALLS)
+        passed = np.searchsorted(RECALLS, tp / wanted[:, None], side="right")
+        out[:, t] = (precision * np.diff(passed, axis=1, prepend=0)).sum(axis=1) / len(RECALLS)
     return out
 
 

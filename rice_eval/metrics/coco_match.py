@@ -7,7 +7,7 @@ many times. LVIS (``lvis/eval.py``) has the same rule without crowds, on the cla
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,170 +20,258 @@ if TYPE_CHECKING:
 __all__ = ["Flags", "Groups", "box_iou", "match_groups"]
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 _CHUNK = 1 << 23  # elements of one (pairs, areas, thresholds, targets) array
+_PAIRS = 1 << 22  # IoUs computed at once
 
 
 @dataclass(frozen=True)
 class Flags:
     """``(M, A, T)`` bool each: whether a detection was matched, and whether it counts neither way."""
 
-    matched: NDArray[np.bool_]
-    ignored: NDArray[np.bool_]
+    matched: Bools
+    ignored: Bools
 
 
 @dataclass(frozen=True)
 class Groups:
-    """All targets and detections of a set, grouped by (image, class).
+    """All targets and detections of a set, sorted by (image, class): a group's rows are one slice.
 
     Attributes:
-        ious: one ``(m, n)`` matrix a group; detections in order of score.
-        detections, targets: one array of row numbers a group.
-        detection_*: ``(M,)`` over the detections kept.
-        target_*: ``(P,)`` over all targets that belong to a group.
+        detection_*: ``(M,)`` over the detections kept; ``rank`` counts from 0 in a group, by descending score.
+        target_*: ``(P,)`` over all targets, in their given order inside a group.
         unmatched_ignored: ``(M,)`` whether an unmatched detection counts neither way (LVIS: class not exhaustively labelled).
+        spans: ``(G, 4)`` of the groups with both: first detection, detections, first target, targets.
+        starts: ``(G,)`` where a group's IoUs start in ``ious``.
+        ious: all groups' ``(detections, targets)`` matrices, flat, one after the other.
     """
 
-    ious: list[Floats]
-    detections: list[NDArray[np.int64]]
-    targets: list[NDArray[np.int64]]
-    detection_image: NDArray[np.int64]
-    detection_class: NDArray[np.int64]
+    detection_image: Ints
+    detection_class: Ints
     detection_score: Floats
-    detection_rank: NDArray[np.int64]
+    detection_rank: Ints
     detection_area: Floats
-    unmatched_ignored: NDArray[np.bool_]
-    target_image: NDArray[np.int64]
-    target_class: NDArray[np.int64]
+    unmatched_ignored: Bools
+    target_image: Ints
+    target_class: Ints
     target_area: Floats
-    target_crowd: NDArray[np.bool_]
+    target_crowd: Bools
+    spans: Ints
+    starts: Ints
+    ious: Floats
 
     @classmethod
     def of(
         cls, truth: Sequence[Truth], found: Sequence[Found], classes: int, kind: str, rule: str, limit: int
     ) -> Groups:
         """Group a set; see ``ap_statistics`` for the arguments."""
-        ious: list[Floats] = []
-        groups_d: list[NDArray[np.int64]] = []
-        groups_t: list[NDArray[np.int64]] = []
-        parts: dict[str, list[Any]] = {n: [] for n in ("di", "dc", "ds", "dr", "da", "du", "ti", "tc", "ta", "tw")}
-        n_d = n_t = 0
         for image, (t, f) in enumerate(zip(truth, found)):
-            _check(image, t, f, classes, kind)
-            order = np.argsort(-f.scores, kind="mergesort")
-            if rule == "lvis":
-                order = order[:limit]  # LVIS keeps 300 an image, whatever their classes
-                checked = set(t.labels.tolist()) | set(t.negative or ())
-                order = order[[int(c) in checked for c in f.labels[order]]] if len(order) else order
-            areas = _areas(f, kind)
-            if not len(order) and not len(t.labels):
-                continue
-            labels = f.labels[order]
-            for k in np.union1d(labels, t.labels):
-                mine_d, mine_t = order[labels == k][:limit], np.flatnonzero(t.labels == k)
-                if len(mine_d) and len(mine_t):
-                    ious.append(_ious(t, f, mine_d, mine_t, kind))
-                    groups_d.append(np.arange(n_d, n_d + len(mine_d)))
-                    groups_t.append(np.arange(n_t, n_t + len(mine_t)))
-                for name, value, size in (
-                    ("di", image, len(mine_d)),
-                    ("dc", k, len(mine_d)),
-                    ("ti", image, len(mine_t)),
-                    ("tc", k, len(mine_t)),
-                ):
-                    parts[name].append(np.full(size, value, dtype=np.int64))
-                parts["ds"].append(f.scores[mine_d])
-                parts["dr"].append(np.arange(len(mine_d)))
-                parts["da"].append(areas[mine_d])
-                parts["du"].append(np.full(len(mine_d), int(k) in t.not_exhaustive))
-                parts["ta"].append(t.area[mine_t])
-                parts["tw"].append(t.crowd[mine_t] if rule == "coco" else np.zeros(len(mine_t), bool))
-                n_d, n_t = n_d + len(mine_d), n_t + len(mine_t)
-        whole = {n: np.concatenate(v) if v else np.zeros(0) for n, v in parts.items()}
-        ints = {n: whole[n].astype(np.int64) for n in ("di", "dc", "dr", "ti", "tc")}
+            _check(image, t, f, kind)
+        d, t_ = _flat(found), _flat(truth)
+        for rows in (d, t_):
+            if len(rows.label) and (rows.label.min() < 0 or rows.label.max() >= classes):
+                bad = int(rows.image[np.flatnonzero((rows.label < 0) | (rows.label >= classes))[0]])
+                raise ValueError(f"image {bad}: a label lies outside the {classes} classes")
+        score = _joined([np.asarray(f.scores, np.float64) for f in found], np.float64)
+        keep = np.arange(len(score))
+        if rule == "lvis":
+            keep = _checked(truth, d, score, classes, limit)
+        # Stable: equal scores stay in the order they were given, as pycocotools' mergesort leaves them.
+        order = keep[np.lexsort((-score[keep], d.label[keep], d.image[keep]))]
+        key = d.image[order] * classes + d.label[order]
+        rank = _ranks(key)
+        order, key, rank = order[rank < limit], key[rank < limit], rank[rank < limit]
+        t_order = np.argsort(t_.image * classes + t_.label, kind="stable")
+        t_key = (t_.image * classes + t_.label)[t_order]
+        shared = np.intersect1d(key, t_key)
+        first, last = np.searchsorted(key, shared), np.searchsorted(key, shared, side="right")
+        t_first, t_last = np.searchsorted(t_key, shared), np.searchsorted(t_key, shared, side="right")
+        spans = np.stack([first, last - first, t_first, t_last - t_first], axis=1).astype(np.int64)
+        sizes = spans[:, 1] * spans[:, 3]
+        crowd = _joined([np.asarray(t.crowd, bool) for t in truth], bool)[t_order]
+        partly = {i * classes + k for i, t in enumerate(truth) for k in t.not_exhaustive}
+        d_boxes, t_boxes = d.box[order], t_.box[t_order]
+        if kind == "segm":
+            ious = _mask_ious(truth, found, spans, d, t_, order, t_order, crowd)
+            areas = _mask_areas(found)[order]
+        else:
+            ious = _box_ious(d_boxes, t_boxes, crowd, spans)
+            size = d_boxes[:, 2:] - d_boxes[:, :2]
+            areas = size[:, 0] * size[:, 1]
         return cls(
+            d.image[order],
+            d.label[order],
+            score[order],
+            rank,
+            areas,
+            np.isin(key, np.fromiter(partly, np.int64, len(partly))) if partly else np.zeros(len(key), bool),
+            t_.image[t_order],
+            t_.label[t_order],
+            _joined([np.asarray(t.area, np.float64) for t in truth], np.float64)[t_order],
+            crowd if rule == "coco" else np.zeros(len(crowd), bool),
+            spans,
+            np.concatenate([[0], np.cumsum(sizes)])[:-1].astype(np.int64),
             ious,
-            groups_d,
-            groups_t,
-            ints["di"],
-            ints["dc"],
-            whole["ds"].astype(np.float64),
-            ints["dr"],
-            whole["da"].astype(np.float64),
-            whole["du"].astype(bool),
-            ints["ti"],
-            ints["tc"],
-            whole["ta"].astype(np.float64),
-            whole["tw"].astype(bool),
         )
 
-    def ignored_targets(self, areas: Sequence[tuple[float, float]]) -> NDArray[np.bool_]:
+    def ignored_targets(self, areas: Sequence[tuple[float, float]]) -> Bools:
         """``(P, A)``: crowds, and targets outside the range of areas."""
         low, high = np.array(areas).T
         outside = (self.target_area[:, None] < low) | (self.target_area[:, None] > high)
-        ignored: NDArray[np.bool_] = outside | self.target_crowd[:, None]
+        ignored: Bools = outside | self.target_crowd[:, None]
         return ignored
 
-    def target_counts(self, areas: Sequence[tuple[float, float]]) -> NDArray[np.int64]:
+    def target_counts(self, areas: Sequence[tuple[float, float]]) -> Ints:
         """``(rows, 4)``: image, class, area index and the number of targets that count, where that is not zero."""
         rows = []
         ignored = self.ignored_targets(areas)
+        step = int(self.target_class.max(initial=0)) + 1
         for a in range(len(areas)):
             keep = ~ignored[:, a]
-            pairs = np.stack([self.target_image[keep], self.target_class[keep]], axis=1)
-            unique, counts = np.unique(pairs, axis=0, return_counts=True) if len(pairs) else (pairs, np.zeros(0, int))
-            rows.append(np.column_stack([unique, np.full(len(unique), a), counts]))
+            key, counts = np.unique(self.target_image[keep] * step + self.target_class[keep], return_counts=True)
+            rows.append(np.column_stack([key // step, key % step, np.full(len(key), a), counts]))
         return np.concatenate(rows).astype(np.int64)
 
 
-def _check(image: int, truth: Truth, found: Found, classes: int, kind: str) -> None:
-    for labels in (truth.labels, found.labels):
-        if len(labels) and (labels.min() < 0 or labels.max() >= classes):
-            raise ValueError(f"image {image}: a label lies outside the {classes} classes")
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of all images: ``image (n,)``, ``label (n,)``, ``box (n, 4)``, and ``first (N,)`` row of each image."""
+
+    image: Ints
+    label: Ints
+    box: Floats
+    first: Ints
+
+
+def _joined(parts: Sequence[NDArray[Any]], dtype: Any) -> NDArray[Any]:
+    return np.concatenate(parts) if parts else np.zeros(0, dtype)
+
+
+def _flat(items: Sequence[Truth] | Sequence[Found]) -> _Rows:
+    counts = np.array([len(item.labels) for item in items], dtype=np.int64)
+    boxes = _joined([np.asarray(item.boxes, np.float64).reshape(-1, 4) for item in items], np.float64)
+    return _Rows(
+        np.repeat(np.arange(len(items)), counts),
+        _joined([np.asarray(item.labels, np.int64) for item in items], np.int64),
+        boxes.reshape(-1, 4),
+        np.concatenate([[0], np.cumsum(counts)])[:-1].astype(np.int64),
+    )
+
+
+def _ranks(key: Ints) -> Ints:
+    """Place of each row among those of the same key, from 0; ``key`` is sorted."""
+    starts = np.flatnonzero(np.diff(key, prepend=-1))
+    lengths = np.diff(np.append(starts, len(key)))
+    return np.arange(len(key)) - np.repeat(starts, lengths)
+
+
+def _checked(truth: Sequence[Truth], rows: _Rows, score: Floats, classes: int, limit: int) -> Ints:
+    """LVIS: rows of the ``limit`` best detections of each image, whatever their classes, whose class was checked there."""
+    order = np.lexsort((-score, rows.image))
+    order = order[_ranks(rows.image[order]) < limit]
+    checked = {i * classes + int(k) for i, t in enumerate(truth) for k in (*t.labels.tolist(), *(t.negative or ()))}
+    known = np.fromiter(checked, np.int64, len(checked))
+    # Back in the given order, so that ties are broken by it.
+    kept: Ints = np.sort(order[np.isin(rows.image[order] * classes + rows.label[order], known)])
+    return kept
+
+
+def _check(image: int, truth: Truth, found: Found, kind: str) -> None:
     if not len(found.boxes) == len(found.scores) == len(found.labels):
         raise ValueError(f"image {image}: boxes, scores and labels of the detections differ in number")
+    if not len(truth.boxes) == len(truth.labels) == len(truth.crowd) == len(truth.area):
+        raise ValueError(f"image {image}: boxes, labels, crowd flags and areas of the targets differ in number")
     if np.isnan(found.scores).any():
         raise ValueError(f"image {image}: a detection's score is NaN")
     if kind == "segm" and ((len(found.labels) and found.masks is None) or (len(truth.labels) and truth.masks is None)):
         raise ValueError(f"image {image}: masks are asked for and missing")
 
 
-def _areas(found: Found, kind: str) -> Floats:
-    if kind == "segm" and found.masks is not None and len(found.masks):
-        from pycocotools import mask
+def _mask_areas(found: Sequence[Found]) -> Floats:
+    from pycocotools import mask
 
-        return np.asarray(mask.area(list(found.masks)), dtype=np.float64).reshape(-1)
-    size = found.boxes[:, 2:] - found.boxes[:, :2]
-    return np.asarray(size[:, 0] * size[:, 1], dtype=np.float64)
+    parts = [np.asarray(mask.area(list(f.masks)), np.float64).reshape(-1) for f in found if f.masks]
+    return _joined(parts, np.float64)
 
 
-def _ious(truth: Truth, found: Found, d: NDArray[np.int64], t: NDArray[np.int64], kind: str) -> Floats:
-    if kind == "segm":
-        from pycocotools import mask
+def _mask_ious(
+    truth: Sequence[Truth],
+    found: Sequence[Found],
+    spans: Ints,
+    d: _Rows,
+    t: _Rows,
+    order: Ints,
+    t_order: Ints,
+    crowd: Bools,
+) -> Floats:
+    """All groups' IoUs of masks, flat, by pycocotools."""
+    from pycocotools import mask
 
-        assert found.masks is not None
-        assert truth.masks is not None
-        picked_d: list[Mapping[str, Any]] = [found.masks[i] for i in d]
-        picked_t: list[Mapping[str, Any]] = [truth.masks[i] for i in t]
-        crowd = truth.crowd[t].astype(np.uint8).tolist()
-        return np.asarray(mask.iou(picked_d, picked_t, crowd), dtype=np.float64).reshape(len(d), len(t))
-    return box_iou(found.boxes[d], truth.boxes[t], truth.crowd[t])
+    parts = []
+    for first, m, t_first, n in spans.tolist():
+        rows, t_rows = order[first : first + m], t_order[t_first : t_first + n]
+        image = int(d.image[rows[0]])
+        masks, t_masks = found[image].masks, truth[image].masks
+        assert masks is not None
+        assert t_masks is not None
+        mine: list[Mapping[str, Any]] = [masks[k - d.first[image]] for k in rows]
+        theirs: list[Mapping[str, Any]] = [t_masks[k - t.first[image]] for k in t_rows]
+        flags = crowd[t_first : t_first + n].astype(np.uint8).tolist()
+        parts.append(np.asarray(mask.iou(mine, theirs, flags), dtype=np.float64).reshape(-1))
+    return _joined(parts, np.float64)
 
 
-def box_iou(detections: Floats, targets: Floats, crowd: NDArray[np.bool_]) -> Floats:
-    """``(m, n)`` IoU of xyxy boxes; over the detection's own area where the target is a crowd (pycocotools' ``bbIou``)."""
+def _box_ious(detections: Floats, targets: Floats, crowd: Bools, spans: Ints) -> Floats:
+    """All groups' IoUs of boxes, flat."""
+    parts = []
+    for rows in _chunks(spans[:, 1] * spans[:, 3], _PAIRS):
+        first, m, t_first, n = spans[rows].T
+        sizes = m * n
+        # Number of a pair in its group: detection = number // n, target = number % n.
+        within = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        wide = np.repeat(n, sizes)
+        d = np.repeat(first, sizes) + within // wide
+        t = np.repeat(t_first, sizes) + within % wide
+        parts.append(_pair_iou(detections[d], targets[t], crowd[t]))
+    return _joined(parts, np.float64)
+
+
+def _chunks(sizes: Ints, limit: int) -> Iterator[slice]:
+    """Slices over ``sizes`` whose sums stay under ``limit`` (or hold one element)."""
+    total = np.cumsum(sizes)
+    start = 0
+    while start < len(sizes):
+        done = int(total[start - 1]) if start else 0
+        end = max(start + 1, int(np.searchsorted(total, done + limit, side="right")))
+        yield slice(start, end)
+        start = end
+
+
+def _pair_iou(detections: Floats, targets: Floats, crowd: Bools) -> Floats:
+    """``(k,)`` IoU of k pairs of xyxy boxes; over the detection's own area where the target is a crowd (pycocotools' ``bbIou``)."""
     # Width and height first, then the corner again, as pycocotools computes from xywh.
-    dw, dh = detections[:, 2] - detections[:, 0], detections[:, 3] - detections[:, 1]
-    tw, th = targets[:, 2] - targets[:, 0], targets[:, 3] - targets[:, 1]
-    w = np.minimum((detections[:, 0] + dw)[:, None], (targets[:, 0] + tw)[None]) - np.maximum(
-        detections[:, None, 0], targets[None, :, 0]
-    )
-    h = np.minimum((detections[:, 1] + dh)[:, None], (targets[:, 1] + th)[None]) - np.maximum(
-        detections[:, None, 1], targets[None, :, 1]
-    )
+    dx, dy, dw, dh = _xywh(detections)
+    tx, ty, tw, th = _xywh(targets)
+    w = np.minimum(dx + dw, tx + tw) - np.maximum(dx, tx)
+    h = np.minimum(dy + dh, ty + th) - np.maximum(dy, ty)
     inside = np.where((w > 0) & (h > 0), w * h, 0.0)
-    union = np.where(crowd[None], (dw * dh)[:, None], (dw * dh)[:, None] + (tw * th)[None] - inside)
+    union = np.where(crowd, dw * dh, dw * dh + tw * th - inside)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(inside > 0, inside / union, 0.0)
+
+
+def _xywh(boxes: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+    x, y = boxes[..., 0], boxes[..., 1]
+    return x, y, boxes[..., 2] - x, boxes[..., 3] - y
+
+
+def box_iou(detections: Floats, targets: Floats, crowd: Bools) -> Floats:
+    """``(m, n)`` IoU of ``(m, 4)`` and ``(n, 4)`` xyxy boxes; over the detection's own area where the target is a crowd."""
+    shape = (len(detections), len(targets), 4)
+    d = np.broadcast_to(detections[:, None], shape).reshape(-1, 4)
+    t = np.broadcast_to(targets[None], shape).reshape(-1, 4)
+    return _pair_iou(d, t, np.tile(crowd, len(detections))).reshape(shape[:2])
 
 
 def match_groups(groups: Groups, thresholds: Floats, areas: Sequence[tuple[float, float]]) -> Flags:
@@ -192,62 +280,89 @@ def match_groups(groups: Groups, thresholds: Floats, areas: Sequence[tuple[float
     shape = (count, len(areas), len(thresholds))
     matched, ignored = np.zeros(shape, bool), np.zeros(shape, bool)
     ignored_targets = groups.ignored_targets(areas)
+    work = _Work.of(groups, float(min(thresholds.min(), 1 - 1e-10)))
     # Groups of alike numbers of targets are matched together: no padding worth mentioning.
-    sizes = np.array([len(t) for t in groups.targets], dtype=np.int64)
-    buckets = np.ceil(np.log2(np.maximum(sizes, 1))).astype(np.int64)
+    buckets = np.ceil(np.log2(np.maximum(work.targets, 1))).astype(np.int64)
     for bucket in np.unique(buckets):
         members = np.flatnonzero(buckets == bucket)
         # Longest lists of detections first, so that the groups still at work at any rank are the first ones.
-        members = members[np.argsort([-len(groups.detections[m]) for m in members], kind="stable")]
-        width = int(sizes[members].max())
+        members = members[np.argsort(-work.lengths[members], kind="stable")]
+        width = int(work.targets[members].max())
         step = max(1, _CHUNK // (width * shape[1] * shape[2]))
         for start in range(0, len(members), step):
-            _match_bucket(groups, members[start : start + step], width, thresholds, ignored_targets, matched, ignored)
+            work.match(members[start : start + step], width, groups, thresholds, ignored_targets, matched, ignored)
     low, high = np.array(areas).T
     outside = (groups.detection_area[:, None] < low) | (groups.detection_area[:, None] > high)
     ignored |= ~matched & (outside | groups.unmatched_ignored[:, None])[:, :, None]
     return Flags(matched, ignored)
 
 
-def _match_bucket(
-    groups: Groups,
-    members: NDArray[np.int64],
-    width: int,
-    thresholds: Floats,
-    ignored_targets: NDArray[np.bool_],
-    matched: NDArray[np.bool_],
-    ignored: NDArray[np.bool_],
-) -> None:
-    """Match the groups ``members`` rank by rank, writing into ``matched`` and ``ignored``."""
-    g, areas, t = len(members), ignored_targets.shape[1], len(thresholds)
-    lengths = np.array([len(groups.detections[m]) for m in members])
-    ious = np.full((g, int(lengths.max()), width), -1.0)
-    present = np.zeros((g, width), bool)
-    skip = np.zeros((g, areas, width), bool)
-    crowd = np.zeros((g, width), bool)
-    for row, m in enumerate(members):
-        n = len(groups.targets[m])
-        ious[row, : lengths[row], :n] = groups.ious[m]
-        present[row, :n] = True
-        skip[row, :, :n] = ignored_targets[groups.targets[m]].T
-        crowd[row, :n] = groups.target_crowd[groups.targets[m]]
-    free = np.broadcast_to(present[:, None, None], (g, areas, t, width)).copy()
-    limits = np.minimum(thresholds, 1 - 1e-10)[None, None, :, None]
-    last = np.arange(width)
-    for rank in range(int(lengths.max())):
-        now = int((lengths > rank).sum())
-        here = ious[:now, None, None, rank, :]
-        able = (free[:now] | (crowd & present)[:now, None, None]) & (here >= limits)
-        counts = able & ~skip[:now, :, None]
-        # One that counts goes before one that is ignored.
-        able = np.where(counts.any(axis=-1, keepdims=True), counts, able)
-        score = np.where(able, here, -1.0)
-        # The later of two at the same IoU.
-        best = width - 1 - np.argmax(score[..., ::-1], axis=-1)
-        hit = np.take_along_axis(able, best[..., None], axis=-1)[..., 0]
-        rows = np.array([groups.detections[m][rank] for m in members[:now]])
-        matched[rows] = hit
-        ignored[rows] = (
-            hit & np.take_along_axis(np.broadcast_to(skip[:now, :, None], able.shape), best[..., None], axis=-1)[..., 0]
-        )
-        free[:now] &= ~(hit[..., None] & (best[..., None] == last))
+@dataclass(frozen=True)
+class _Work:
+    """Detections that some target of their group overlaps enough at the lowest threshold: no other can be matched.
+
+    Attributes:
+        rows: ``(m,)`` detection rows, group by group, by rank.
+        places: ``(m,)`` where a detection's IoUs start in ``Groups.ious``.
+        firsts, lengths: ``(G,)`` a group's slice of ``rows``; groups without any are left out.
+        first_targets, targets: ``(G,)`` a group's slice of the targets.
+    """
+
+    rows: Ints
+    places: Ints
+    firsts: Ints
+    lengths: Ints
+    first_targets: Ints
+    targets: Ints
+
+    @classmethod
+    def of(cls, groups: Groups, lowest: float) -> _Work:
+        first, m, t_first, n = groups.spans.T
+        owner = np.repeat(np.arange(len(m)), m)
+        rank = np.arange(len(owner)) - np.repeat(np.cumsum(m) - m, m)
+        rows, places = first[owner] + rank, groups.starts[owner] + rank * n[owner]
+        best = np.maximum.reduceat(groups.ious, places) if len(places) else np.zeros(0)
+        able = best >= lowest
+        lengths = np.bincount(owner[able], minlength=len(m))
+        some = lengths > 0
+        firsts = np.cumsum(lengths) - lengths
+        return cls(rows[able], places[able], firsts[some], lengths[some], t_first[some], n[some])
+
+    def match(
+        self,
+        members: Ints,
+        width: int,
+        groups: Groups,
+        thresholds: Floats,
+        ignored_targets: Bools,
+        matched: Bools,
+        ignored: Bools,
+    ) -> None:
+        """Match the groups ``members`` rank by rank, writing into ``matched`` and ``ignored``."""
+        g, areas, t = len(members), ignored_targets.shape[1], len(thresholds)
+        column = np.arange(width)
+        n, lengths = self.targets[members], self.lengths[members]
+        present = column < n[:, None]
+        target = np.where(present, self.first_targets[members][:, None] + column, 0)
+        skip = (ignored_targets[target] & present[..., None]).transpose(0, 2, 1)
+        crowd = groups.target_crowd[target] & present
+        free = np.broadcast_to(present[:, None, None], (g, areas, t, width)).copy()
+        any_crowd = bool(crowd.any())
+        limits = np.minimum(thresholds, 1 - 1e-10)[None, None, :, None]
+        for rank in range(int(lengths.max())):
+            now = int((lengths > rank).sum())
+            mine = self.firsts[members[:now]] + rank
+            rows = self.rows[mine]
+            place = np.where(present[:now], self.places[mine][:, None] + column, 0)
+            here = np.where(present[:now], groups.ious[place], -1.0)[:, None, None]
+            able = (free[:now] | crowd[:now, None, None] if any_crowd else free[:now]) & (here >= limits)
+            counts = able & ~skip[:now, :, None]
+            # One that counts goes before one that is ignored.
+            able = np.where(counts.any(axis=-1, keepdims=True), counts, able)
+            # The later of two at the same IoU.
+            best = width - 1 - np.argmax(np.where(able, here, -1.0)[..., ::-1], axis=-1)
+            hit = np.take_along_axis(able, best[..., None], axis=-1)[..., 0]
+            matched[rows] = hit
+            skipped = np.take_along_axis(np.broadcast_to(skip[:now, :, None], able.shape), best[..., None], axis=-1)
+            ignored[rows] = hit & skipped[..., 0]
+            free[:now] &= ~(hit[..., None] & (best[..., None] == column))

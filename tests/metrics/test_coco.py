@@ -248,3 +248,21 @@ def test_lvis_numbers_equal_the_lvis_package(seed, tmp_path, monkeypatch):
     names |= {"AR@300": "AR@300", "ARs@300": "ARs@300", "ARm@300": "ARm@300", "ARl@300": "ARl@300"}
     for name, other in names.items():
         assert mine[name] == pytest.approx(theirs[other], abs=1e-12), name
+
+
+def test_joined_sets_score_as_one():
+    truth, found = random_set(9, images=9)
+    whole = ours(truth, found, 4).summary()
+    joined = ours(truth[:4], found[:4], 4).concat(ours(truth[4:], found[4:], 4))
+    assert joined.summary() == pytest.approx(whole, abs=1e-12)
+    with pytest.raises(ValueError, match="differ"):
+        joined.concat(ours(truth, found, 5))
+
+
+def test_every_metric_of_values_is_that_of_the_summary():
+    mine = ours(*random_set(3, images=12), 4)
+    point, summary = mine.point(), mine.summary()
+    names = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "aps": "APs", "apm": "APm", "apl": "APl", "ar": "AR@100"}
+    assert set(point) == set(names)
+    for name, other in names.items():
+        assert point[name] == pytest.approx(100 * summary[other], abs=1e-9)
