@@ -7,7 +7,6 @@ height and boxes that reach over the border are kept as they are (COCO itself ho
 from __future__ import annotations
 
 import importlib.util
-import math
 import posixpath
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -91,29 +90,32 @@ class CocoDetection(FileDataset):
         """Annotations as flat arrays in the order of the images: a million small objects would weigh down every worker."""
         place = {key: index for index, key in enumerate(self.image_keys)}
         index_of = {key: index for index, key in enumerate(self.category_ids)}
-        for entry in annotations:
-            if int(entry["image_id"]) not in place or int(entry["category_id"]) not in index_of:
-                key = "image" if int(entry["image_id"]) not in place else "category"
+        owners = np.array([place.get(int(a["image_id"]), -1) for a in annotations], dtype=np.int64)
+        labels = np.array([index_of.get(int(a["category_id"]), -1) for a in annotations], dtype=np.int64)
+        for key, known in (("image", owners), ("category", labels)):
+            if (known < 0).any():
+                entry = annotations[int(np.argmax(known < 0))]
                 raise DataError(
                     f"{label}: annotation {entry['id']} is of {key} {entry[key + '_id']}, which the file does not list",
                     "mend the annotation",
                 )
-            box = [float(v) for v in entry["bbox"]]
-            if len(box) != 4 or not all(map(math.isfinite, box)) or min(box[2:]) < 0:
-                raise DataError(
-                    f"{label}: annotation {entry['id']} has the box {entry['bbox']}", "a box is [x, y, width, height]"
-                )
-        order = sorted(range(len(annotations)), key=lambda i: (place[int(annotations[i]["image_id"])], i))
+        odd = [a for a in annotations if len(a["bbox"]) != 4]
+        boxes = np.array([a["bbox"] for a in annotations] if not odd else [], dtype=np.float64).reshape(-1, 4)
+        bad = ~np.isfinite(boxes).all(1) | (boxes[:, 2:] < 0).any(1)
+        if odd or bad.any():
+            entry = odd[0] if odd else annotations[int(np.argmax(bad))]
+            raise DataError(
+                f"{label}: annotation {entry['id']} has the box {entry['bbox']}", "a box is [x, y, width, height]"
+            )
+        order = np.argsort(owners, kind="stable")
         sorted_ = [annotations[i] for i in order]
-        counts = np.bincount([place[int(a["image_id"])] for a in sorted_], minlength=len(place))
+        counts = np.bincount(owners, minlength=len(place))
         self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        boxes = np.array([a["bbox"] for a in sorted_], dtype=np.float64).reshape(-1, 4)
+        self._area = np.array([a.get("area", a["bbox"][2] * a["bbox"][3]) for a in sorted_], dtype=np.float64)
         boxes[:, 2:] += boxes[:, :2]
-        self._boxes = boxes
-        self._labels = np.array([index_of[int(a["category_id"])] for a in sorted_], dtype=np.int64)
+        self._boxes, self._labels = boxes[order], labels[order]
         self._crowd = np.array([bool(a.get("iscrowd", 0)) for a in sorted_], dtype=np.bool_)
         self._ids = np.array([int(a["id"]) for a in sorted_], dtype=np.int64)
-        self._area = np.array([a.get("area", a["bbox"][2] * a["bbox"][3]) for a in sorted_], dtype=np.float64)
         if len(np.unique(self._ids)) != len(self._ids):
             raise DataError(f"{label}: two annotations share an id", "give each its own id")
         self._rings: list[Any] | None = None
