@@ -46,6 +46,7 @@ _IGNORED = (128, 128, 128)
 _WRONG = (225, 45, 57)
 _TRUE = (38, 194, 129)
 _HALO = (16, 18, 22)
+_LINE = 3  # pixels of a box's outline; tiles with boxes are twice as wide as label maps and shown at half size
 
 
 @dataclass(frozen=True)
@@ -327,8 +328,8 @@ def _draw_boxes(
         x1, y1, x2, y2 = (float(v) * scale[i % 2] for i, v in enumerate(boxes.boxes[k]))
         x1, x2 = min(x1, x2), max(x1, x2)
         y1, y2 = min(y1, y2), max(y1, y2)
-        draw.rectangle((x1 - 1, y1 - 1, x2, y2), outline=_HALO, width=3)
-        draw.rectangle((x1, y1, x2 - 1, y2 - 1) if x2 - x1 > 2 and y2 - y1 > 2 else (x1, y1, x2, y2), outline=color)
+        draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=_HALO, width=1)
+        draw.rectangle((x1, y1, x2, y2), outline=color, width=_LINE)
         _tag(draw, (x1, y1), name if boxes.scores is None else f"{name} {float(boxes.scores[k]):.2f}", color)
     return np.asarray(canvas, dtype=np.uint8)
 
@@ -340,8 +341,8 @@ def _draw_polygons(image: Picture, text: Polygons, scale: NDArray[np.float64], c
         points = [(float(x), float(y)) for x, y in polygon * scale]
         if len(points) < 2:
             continue
-        draw.line([*points, points[0]], fill=_HALO, width=3)
-        draw.line([*points, points[0]], fill=color, width=1)
+        draw.line([*points, points[0]], fill=_HALO, width=_LINE + 2)
+        draw.line([*points, points[0]], fill=color, width=_LINE)
         _tag(draw, (min(x for x, _ in points), min(y for _, y in points)), transcript, color)
     return np.asarray(canvas, dtype=np.uint8)
 
@@ -350,7 +351,7 @@ def _tag(draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, color: t
     """A small label above ``at``. The built-in font has Latin letters only: others are drawn as a question mark."""
     plain = "".join(c if " " <= c <= "~" else "?" for c in text)
     plain = plain if len(plain) <= 28 else plain[:27] + "."
-    font = ImageFont.load_default()
+    font = ImageFont.load_default(size=14)
     left, top, right, bottom = draw.textbbox((0, 0), plain, font=font)
     width, height = right - left + 4, bottom - top + 4
     x, y = max(0.0, at[0]), max(0.0, at[1] - height)

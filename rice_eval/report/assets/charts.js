@@ -107,7 +107,9 @@ function scatter(items, x, y, width) {
   const middle = (low + high) / 2;
   if (high - low < 0.3) [low, high] = [middle - 0.15, middle + 0.15];
   const px = (v) => (v === 0 ? box.left + 14 : start + ((box.right - 14 - start) * (Math.log10(v) - low)) / (high - low));
-  const range = padded(known.flatMap((i) => [i.y, i.low ?? i.y, i.high ?? i.y]), 0.08);
+  // Intervals of many quiet points would be a thicket: only the selected ones keep theirs.
+  const spread = (i) => i.low !== null && i.high !== null && (i.color || known.length <= 60);
+  const range = padded(known.flatMap((i) => (spread(i) ? [i.y, i.low, i.high] : [i.y])), 0.08);
   const py = (v) => box.bottom - ((v - range[0]) / (range[1] - range[0])) * (box.bottom - box.top);
   const root = frame(width, height, `${y.title} against ${x.title}`);
   yAxis(root, py, ticks(range[0], range[1], 5), box, tidy);
@@ -131,7 +133,7 @@ function scatter(items, x, y, width) {
   }
   const quietFirst = [...known].sort((a, c) => Boolean(a.color) - Boolean(c.color));
   const marks = new Map(quietFirst.map((i) => {
-    const whisker = i.low === null || i.high === null || (!i.color && known.length > 60) ? null : svg("line", { x1: px(i.x), x2: px(i.x), y1: py(i.low), y2: py(i.high) });
+    const whisker = spread(i) ? svg("line", { x1: px(i.x), x2: px(i.x), y1: py(i.low), y2: py(i.high) }) : null;
     return [i, mark(px(i.x), py(i.y), i.name, [i.text, `${x.title}: ${x.show(i.x)}`], i.color, whisker)];
   }));
   root.append(...marks.values());

@@ -6,7 +6,8 @@ function classesPart() {
   if (!b.classes.length) return null;
   const metrics = [...new Set(Object.values(b.detail).flatMap((d) => Object.keys(d.classes)))];
   if (!metrics.length) return null;
-  if (!metrics.includes(heat.metric)) [heat.metric] = metrics;
+  // The values that the headline is the mean of come first: IoU under mIoU.
+  if (!metrics.includes(heat.metric)) heat.metric = metrics.find((m) => headline(b).name.includes(m)) || metrics[0];
   const slot = el("div", {});
   const draw = () => slot.replaceChildren(...classTable(b));
   draw();
@@ -35,10 +36,10 @@ function classTable(b) {
   const rows = heat.all || state.printing ? order : order.slice(0, MOST);
   const every = shown.flatMap(([, r]) => b.detail[r].classes[heat.metric]).filter((v) => v !== null);
   const [low, high] = [Math.min(...every, 0), Math.max(...every)];
-  const metric = b.metrics.find((m) => m.name === heat.metric) || headline(b);
+  const higher = (b.metrics.find((m) => m.name === heat.metric) || { higher: true }).higher;
   const body = rows.map((c) => {
     const values = known(c);
-    const best = values.length > 1 ? (metric.higher ? Math.max(...values) : Math.min(...values)) : null;
+    const best = values.length > 1 ? (higher ? Math.max(...values) : Math.min(...values)) : null;
     return el("tr", {}, el("th", { scope: "row" }, bdi(b.classes[c])), shown.map(([, r]) => {
       const v = value(r, c);
       return v === null ? el("td", { class: "cell dim", title: "this class never occurs" }, DASH)

@@ -22,15 +22,18 @@ function legendOf(panels) {
   const place = new Map(board().classes.map((name, k) => [name, k]));
   const sorted = [...entries].sort(([a], [c]) => (place.get(a) ?? Infinity) - (place.get(c) ?? Infinity));
   return sorted.length ? el("ul", { class: "legend", "aria-label": "Classes" }, sorted.map(([name, color]) =>
-    el("li", {}, svg("svg", { viewBox: "0 0 10 10", "aria-hidden": "true" }, svg("rect", { width: 10, height: 10, rx: 2, fill: color })), bdi(name)))) : null;
+    el("li", {}, svg("svg", { viewBox: "-.5 -.5 11 11", "aria-hidden": "true" }, svg("rect", { width: 10, height: 10, rx: 2, fill: color })), bdi(name)))) : null;
 }
+
+// Boxes and text need more room than label maps; their tiles are drawn larger.
+const tileList = (panel, only, ...tiles) => el("div", { class: `tiles${only ? " strip-of-one" : ""}${Object.values(panel.tiles)[0][1] > 300 ? " large" : ""}` }, tiles);
 
 function strips(b) {
   const label = (panel) => encoderName(b.encoder[panel.row]);
   if (show.who !== "all") {
     return b.panels.filter((p) => b.encoder[p.row] === Number(show.who)).map((p) => el("article", { class: "strip" },
       el("header", {}, el("h3", {}, bdi(p.image)), el("span", { class: "dim small" }, p.note)),
-      el("div", { class: "tiles strip-of-one" }, Object.keys(ROLES).map((role) => tileButton(p, role, ROLES[role], "", `${ROLES[role]} of ${isolate(p.image)}, ${isolate(label(p))}`))), legendOf([p])));
+      tileList(p, true, Object.keys(ROLES).map((role) => tileButton(p, role, ROLES[role], "", `${ROLES[role]} of ${isolate(p.image)}, ${isolate(label(p))}`))), legendOf([p])));
   }
   const images = new Map();
   for (const p of b.panels) {
@@ -39,7 +42,7 @@ function strips(b) {
   }
   return [...images].map(([image, panels]) => el("article", { class: "strip" },
     el("header", {}, el("h3", {}, bdi(image))),
-    el("div", { class: "tiles" },
+    tileList(panels[0], false,
       tileButton(panels[0], "image", "Image", "", `Image ${isolate(image)}`), tileButton(panels[0], "truth", "Truth", "", `Truth of ${isolate(image)}`),
       panels.map((p) => tileButton(p, show.role, label(p), p.note, `${ROLES[show.role]} of ${isolate(image)}, ${isolate(label(p))}`))),
     show.role === "prediction" ? legendOf(panels) : null));
@@ -67,6 +70,6 @@ function picturesPart() {
   };
   draw();
   picturesPart.draw = draw;
-  return part("pictures", "Pictures", "The same test images for every encoder. Token maps show the first three principal components of an encoder's patch tokens as red, green and blue.", controls, slot);
+  return part("pictures", "Pictures", ["The same test images for every encoder.", roles.includes("tokens") ? " Token maps show the first three principal components of an encoder's patch tokens as red, green and blue." : ""], controls, slot);
 }
 on(["print"], () => picturesPart.draw?.());
