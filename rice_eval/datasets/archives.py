@@ -33,6 +33,9 @@ Listing = tuple[dict[str, int], tuple[str, ...]]
 class Layer(Protocol):
     """A read-only tree of files. Names are normalised POSIX paths with no leading slash."""
 
+    def has(self, name: str) -> bool:
+        """Whether there is a file or folder of that name, without listing anything."""
+
     def scan(self, folder: str) -> Listing:
         """Contents of one folder; ({}, ()) where there is none."""
 
@@ -91,6 +94,10 @@ class Folder:
     """A folder on disk."""
 
     root: Path
+
+    def has(self, name: str) -> bool:
+        """See ``Layer``."""
+        return os.path.exists(self.root / name)
 
     def scan(self, folder: str) -> Listing:
         """See ``Layer``."""
@@ -206,6 +213,11 @@ class _Tree:
                 self._folders[folder] = ({}, set())
                 self._folders["/".join(parts[: depth - 1])][1].add(parts[depth - 1])
         self._folders["/".join(parts[:-1])][0][parts[-1]] = size
+
+    def has(self, name: str) -> bool:
+        """See ``Layer``."""
+        folder, _, base = name.rpartition("/")
+        return name in self._folders or base in self._folders.get(folder, ({}, set()))[0]
 
     def scan(self, folder: str) -> Listing:
         """See ``Layer``."""

@@ -102,16 +102,15 @@ class CocoPanoptic(FileDataset):
                 "fetch the map and the image of the same release",
             )
         segments = self._segments[self._starts[index] : self._starts[index + 1]]
-        table = {0: IGNORE, **{int(key): int(value) for key, value in segments}}
-        present, inverse = np.unique(ids, return_inverse=True)
-        unknown = [int(key) for key in present if int(key) not in table]
-        if unknown:
+        table = np.concatenate([[[0, IGNORE]], segments[np.argsort(segments[:, 0])]])
+        places = np.minimum(np.searchsorted(table[:, 0], ids), len(table) - 1)
+        unknown = ids[table[places, 0] != ids]
+        if unknown.size:
             raise DataError(
-                f"{self.storage.label(name)}: segment {unknown[0]} is not in segments_info of its annotation",
+                f"{self.storage.label(name)}: segment {int(unknown[0])} is not in segments_info of its annotation",
                 "fetch the maps and the annotation file of the same release",
             )
-        values = np.array([table[int(key)] for key in present], dtype=np.int64)
-        labels: Labels = values[inverse].reshape(ids.shape)
+        labels: Labels = table[places, 1]
         return labels
 
 

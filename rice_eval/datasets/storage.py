@@ -53,10 +53,8 @@ class Storage:
     def label(self, name: str) -> str:
         """What to call a file in messages: where it lies if it exists, else where it would lie."""
         full = self._full(name)
-        for layer, below in self._candidates(full):
-            folder, _, base = below.rpartition("/")
-            files, folders = layer.scan(folder)
-            if base in files or base in folders:
+        for layer, below in self._candidates(full) if len(self._layers) > 1 else ():
+            if layer.has(below):
                 return layer.label(below)
         return self._layers[0][1].label(full)
 
