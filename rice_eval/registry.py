@@ -158,5 +158,12 @@ protocols: Registry[object] = Registry(
         "linear": "rice_eval.protocols.linear:Linear",
         "gram-lda": "rice_eval.protocols.gram:GramLDA",
         "gram-ridge": "rice_eval.protocols.gram:GramRidge",
+        "fcos-linear": "rice_eval.protocols.detection_fcos:FcosLinear",
+        "fcos-sfp": "rice_eval.protocols.detection_fcos:FcosSfp",
+        "dinov2-linear": "rice_eval.protocols.online_recipes:Dinov2Linear",
+        "dinov2-linear-ms": "rice_eval.protocols.online_recipes:Dinov2LinearMs",
+        "dinov3-linear": "rice_eval.protocols.online_recipes:Dinov3Linear",
+        "radio-linear": "rice_eval.protocols.online_recipes:RadioLinear",
+        "vfm-ss-linear": "rice_eval.protocols.online_recipes:VfmSsLinear",
     },
 )

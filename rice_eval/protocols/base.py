@@ -8,6 +8,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from rice_eval.datasets.base import Annotation, Dataset
@@ -55,6 +56,7 @@ class Outcome:
         panels: a few test images for the report.
         warnings: what a reader must know.
         predictions: raw predictions of every test image where ``Context.keep_predictions`` asks for them.
+        forwards: images the protocol pushed through the encoder itself, outside the bank's passes.
     """
 
     statistics: Statistics
@@ -65,6 +67,7 @@ class Outcome:
     panels: tuple[Panel, ...] = ()
     warnings: tuple[str, ...] = ()
     predictions: Mapping[str, Any] | None = None
+    forwards: int = 0
 
 
 @dataclass
@@ -72,7 +75,8 @@ class Context:
     """All a protocol may look at.
 
     ``tokens(split, view)`` gives the lazy source of one split (``"train"`` or ``"test"``) at the protocol's layers: reading
-    it fills the bank in one pass where it is not there yet.
+    it fills the bank in one pass where it is not there yet. ``scratch`` is a folder that outlives a killed run, for what lets
+    the next one go on (None: nothing is kept).
     """
 
     facts: EncoderFacts
@@ -85,6 +89,7 @@ class Context:
     """``progress(label, total)`` opens a bar and returns its ``advance(n)``."""
     panels: int = 8
     keep_predictions: bool = False
+    scratch: Path | None = None
 
 
 @dataclass(frozen=True)

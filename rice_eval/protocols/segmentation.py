@@ -126,13 +126,14 @@ def label_map(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return labels
 
 
-def scaled_logits(logits: Sequence[Tensor], frames: Sequence[Frame], align_corners: bool = False) -> Tensor:
+def scaled_logits(logits: Sequence[Tensor], frames: Sequence[Frame], squeeze: bool = False) -> Tensor:
     """Logits of a view's windows to logits of the scaled image, as mmseg's slide inference: upsample, cut padding off, average.
 
     Args:
         logits: F tensors ``(C, gh, gw)``.
         frames: the F windows.
-        align_corners: of the upsampling.
+        squeeze: resize the logits of a padded window straight to what it shows, without cutting the padding off first: what
+            the published code does where the backbone pads on its own (DINOv2's CenterPadding), a shift of a few pixels.
 
     Returns:
         ``(C, h, w)`` of the scaled image, not mirrored.
@@ -141,12 +142,14 @@ def scaled_logits(logits: Sequence[Tensor], frames: Sequence[Frame], align_corne
     total = logits[0].new_zeros(logits[0].shape[0], height, width)
     count = logits[0].new_zeros(height, width)
     for part, frame in zip(logits, frames):
-        grown = F.interpolate(part[None], size=frame.size, mode="bilinear", align_corners=align_corners)[0]
+        top, left, bottom, right = frame.window
+        shown = (bottom - top, right - left)
+        size = shown if squeeze else frame.size
+        grown = F.interpolate(part[None], size=size, mode="bilinear", align_corners=False)[0]
         if frame.flip:
             grown = grown.flip(-1)
-        top, left, bottom, right = frame.window
-        y, x = top - frame.top, left - frame.left
-        total[:, top:bottom, left:right] += grown[:, y : y + bottom - top, x : x + right - left]
+        y, x = (0, 0) if squeeze else (top - frame.top, left - frame.left)
+        total[:, top:bottom, left:right] += grown[:, y : y + shown[0], x : x + shown[1]]
         count[top:bottom, left:right] += 1
     return total / count
 
@@ -275,8 +278,7 @@ class Scorer:
         spread = np.linspace(0, len(indices) - 1, min(panels, len(indices))).round().astype(int)
         self._shown = {indices[k] for k in spread}
         self._matrix = np.zeros((self._classes, self._classes), dtype=np.int64)
-        self._areas: list[NDArray[np.int64]] = []
-        self._ids: list[str] = []
+        self._areas: dict[int, NDArray[np.int64]] = {}
         self.panels: list[Panel] = []
         self.predictions: dict[str, Any] | None = {} if keep else None
 
@@ -284,9 +286,8 @@ class Scorer:
         """Score one image: ``(H, W)`` labels against ``(H, W)`` classes."""
         matrix = confusion(prediction, truth, self._classes, IGNORE)
         self._matrix += matrix
-        self._areas.append(areas_of(matrix))
+        self._areas[index] = areas_of(matrix)
         name = self._dataset.image_id(index)
-        self._ids.append(name)
         if index in self._shown:
             self.panels.append(Panel(name, index, truth, prediction))
         if self.predictions is not None:
@@ -294,8 +295,22 @@ class Scorer:
 
     def statistics(self) -> IoUStatistics:
         """The statistics of all images so far."""
-        areas = np.stack(self._areas) if self._areas else np.zeros((0, 3, self._classes), dtype=np.int64)
-        return IoUStatistics(self._ids, areas, self._dataset.classes, self._matrix)
+        order = sorted(self._areas)
+        areas = np.stack([self._areas[i] for i in order]) if order else np.zeros((0, 3, self._classes), dtype=np.int64)
+        ids = [self._dataset.image_id(i) for i in order]
+        return IoUStatistics(ids, areas, self._dataset.classes, self._matrix)
+
+    def state(self) -> dict[str, Any]:
+        """What another process needs to ``merge`` this one's share."""
+        return {"areas": self._areas, "matrix": self._matrix, "panels": self.panels, "predictions": self.predictions}
+
+    def merge(self, states: Sequence[dict[str, Any]]) -> None:
+        """Become the union of every process's share, this one's among them."""
+        self._areas = {i: a for state in states for i, a in state["areas"].items()}
+        self._matrix = np.sum([state["matrix"] for state in states], axis=0)
+        self.panels = sorted((p for state in states for p in state["panels"]), key=lambda panel: panel.index)
+        if self.predictions is not None:
+            self.predictions = {name: p for state in states for name, p in state["predictions"].items()}
 
     def warnings(self) -> tuple[str, ...]:
         """Classes that no test image has, in one line."""
