@@ -371,6 +371,7 @@ def _run_job(job: Job, plan: Plan, loaded: Loaded, store: ResultStore, options: 
         progress=report,
         panels=options.panels,
         keep_predictions=options.predictions is not None,
+        scratch=(options.bank or default_bank_root()) / "online" if options.store else None,
     )
     outcome = job.protocol.run(context)
     ran = time.perf_counter() - start
@@ -389,23 +390,23 @@ def _run_job(job: Job, plan: Plan, loaded: Loaded, store: ResultStore, options: 
     record = record.model_copy(
         update={
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
-            "cost": _cost(loaded.encoder, used, forwards, passes),
+            "cost": _cost(loaded.encoder, used, forwards, passes, outcome.forwards),
             "warnings": tuple(dict.fromkeys([*(note for m in made for note in m.notes), *record.warnings])),
         }
     )
     path = store.save(record, outcome.statistics)
     if options.predictions is not None and outcome.predictions is not None:
         parts = [job.encoder.name.replace("/", "-"), job.task.card.name.replace("/", "-"), job.protocol.id]
-        save_predictions(options.predictions.joinpath(*parts), outcome.predictions)
+        save_predictions(options.predictions.joinpath(*parts), outcome.predictions, test)
     maps = {}
-    if outcome.panels and options.store:
+    if outcome.panels and options.store and job.protocol.view in job.protocol.views().get("test", ()):
         reader = tokens("test", job.protocol.view).reader()
         maps = token_maps(reader, outcome.layers[-1], [panel.index for panel in outcome.panels])
     save_pictures(path, outcome.panels, test, maps, job.task.card.kind)
     return Result(store.load(path), path)
 
 
-def _cost(encoder: Encoder, sources: Sequence[Source], forwards: int, seconds: float) -> Cost:
+def _cost(encoder: Encoder, sources: Sequence[Source], forwards: int, seconds: float, own: int) -> Cost:
     size = sources[-1].frame_size if sources else (encoder.facts.resolution, encoder.facts.resolution)
     tokens = sources[-1].tokens_per_image if sources else 0.0
     return Cost(
@@ -413,7 +414,7 @@ def _cost(encoder: Encoder, sources: Sequence[Source], forwards: int, seconds: f
         flops=encoder.flops(*size),
         tokens_per_image=tokens,
         images_per_second=round(forwards / seconds, 3) if forwards and seconds > 0 else None,
-        forwards=forwards,
+        forwards=forwards + own,
     )
 
 
@@ -453,7 +454,7 @@ def _record(
             test_fingerprint=test.fingerprint,
             n_train=len(train),
             n_test=len(test),
-            classes=tuple(test.classes or test.things),
+            classes=tuple(test.classes if "semantic" in job.protocol.needs else test.things or test.classes),
             license=card.license,
         ),
         protocol=ProtocolEntry(
