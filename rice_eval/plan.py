@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -165,7 +166,10 @@ def _protocol(card: TaskCard, protocol_id: str, view: str | None, settings: Mapp
             f"protocol '{protocol_id}' scores {kind.kind}, and task '{card.name}' is {card.kind}",
             "choose a protocol of that kind (rice-eval list protocols)",
         )
-    protocol = configure(kind, {"view": view or card.view, **settings})
+    own_view = any(f.name == "view" and f.default is not dataclasses.MISSING for f in dataclasses.fields(kind))
+    # A published recipe has a view of its own, which only --view replaces; the card's is for protocols that have none.
+    chosen = {"view": view} if view else {} if own_view else {"view": card.view}
+    protocol = configure(kind, {**chosen, **settings})
     for views in protocol.views().values():
         for text in views:
             View.parse(text)
