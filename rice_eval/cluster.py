@@ -7,6 +7,7 @@ system that all machines share. A task that dies with its machine is started aga
 from __future__ import annotations
 
 import os
+import socket
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -219,7 +220,9 @@ def _shard(plan: Plan, how: How, key: SourceKey, number: int) -> _Made:
     source = _sources(plan, how).sources[key]
     forwards, seconds = source.forwards, source.seconds
     source.extract((number,))
-    cost = Elsewhere(source.forwards - forwards, source.seconds - seconds, source.notes)
+    # No forward here although it was missing: the machine that made the shard was lost before it could say so.
+    count = source.forwards - forwards or source.stored_in(number)
+    cost = Elsewhere(count, source.seconds - seconds, source.notes)
     return _Made(key, source.images_of(number), cost)
 
 
@@ -246,8 +249,9 @@ def _connected(asked: RayOptions) -> Iterator[Any]:
     if not connected:
         extra: dict[str, Any] = {} if asked.address else {"include_dashboard": False}
         try:
+            _knock(asked.address)
             ray.init(address=asked.address or "local", log_to_driver=False, logging_level="ERROR", **extra)
-        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise UsageError(
                 f"no Ray cluster at '{asked.address}' ({str(error).splitlines()[0]})",
                 "start one with ray start --head, or leave out --address",
@@ -257,6 +261,13 @@ def _connected(asked: RayOptions) -> Iterator[Any]:
     finally:
         if not connected:
             ray.shutdown()
+
+
+def _knock(address: str | None) -> None:
+    """OSError at once where nobody listens at ``host:port``: Ray itself tries for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=5).close()
 
 
 def _resources(asked: RayOptions, options: RunOptions) -> dict[str, Any]:

@@ -179,6 +179,11 @@ class Source:
         """How many images of the split belong to a shard."""
         return len(self._ledger.plan.indices(shard))
 
+    def stored_in(self, shard: int) -> int:
+        """How many images a finished shard has tokens of; 0 where it is missing."""
+        facts = self._ledger.plan.shards.get(shard)
+        return facts.images if facts is not None else 0
+
     @property
     def frame_size(self) -> tuple[int, int]:
         """Height and width of the view's first frame on the first image that can be decoded."""
