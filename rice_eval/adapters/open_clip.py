@@ -28,6 +28,7 @@ from rice_eval.adapters.blocks import (
     read_state_dict,
     split_tokens,
 )
+from rice_eval.adapters.network import cache_only_when_unreachable, why_not
 from rice_eval.adapters.timm import gives_tokens, prefix_of, stored_grid
 from rice_eval.errors import CardError, CheckpointError, MissingExtraError, NotFoundError, PlanError, UsageError
 from rice_eval.registry import did_you_mean
@@ -144,12 +145,11 @@ class OpenClipEncoder(ModuleEncoder):
 
         if self._tokenizer is None:
             try:
-                self._tokenizer = open_clip.get_tokenizer(self._model_name)
+                with cache_only_when_unreachable():
+                    self._tokenizer = open_clip.get_tokenizer(self._model_name)
             except Exception as error:  # the hub's client raises its own kinds
                 raise CheckpointError(
-                    f"tokenizer of open_clip model '{self._model_name}' can't be loaded ({type(error).__name__}: {error})"[
-                        :400
-                    ],
+                    f"tokenizer of open_clip model '{self._model_name}' can't be loaded: {why_not(error)}",
                     "go online once, or set HF_HOME to a cache that holds it",
                 ) from error
         tokenizer: Any = self._tokenizer
@@ -270,11 +270,12 @@ def adapter(request: LoadRequest) -> Encoder:
             source = request.weights.name
         else:
             try:
-                model = open_clip.create_model(name, pretrained=tag)
+                with cache_only_when_unreachable():
+                    model = open_clip.create_model(name, pretrained=tag)
             except Exception as error:  # the hub's client, the loader and torch each raise their own kinds
                 raise CheckpointError(
-                    f"weights of open_clip '{name}/{tag}' can't be loaded ({type(error).__name__}: {error})"[:400],
-                    "go online once, or give --weights FILE",
+                    f"weights of open_clip '{name}/{tag}' can't be loaded: {why_not(error)}",
+                    "go online once, accept the licence where the repository is gated, or give --weights FILE",
                 ) from error
     visual = model.visual
     trunk = getattr(visual, "trunk", None)

@@ -29,6 +29,7 @@ from rice_eval.adapters.blocks import (
     read_state_dict,
     split_tokens,
 )
+from rice_eval.adapters.network import cache_only_when_unreachable, why_not
 from rice_eval.errors import CardError, CheckpointError, MissingExtraError, NotFoundError, PlanError, UsageError
 from rice_eval.registry import did_you_mean
 
@@ -237,11 +238,12 @@ def _build(timm: Any, request: LoadRequest, name: str) -> tuple[Any, bool, str, 
     kwargs = _options(request)
     if request.weights is None:
         try:
-            model, flexible = _create(timm, name, True, kwargs)
+            with cache_only_when_unreachable():
+                model, flexible = _create(timm, name, True, kwargs)
         except Exception as error:  # the hub's client, its cache and the loader each raise their own kinds
             hub = timm.get_pretrained_cfg(name).hf_hub_id or name
             raise CheckpointError(
-                f"weights of timm model '{name}' can't be loaded from '{hub}' ({type(error).__name__}: {error})"[:400],
+                f"weights of timm model '{name}' can't be loaded from '{hub}': {why_not(error)}",
                 "go online once, accept the licence where the repository is gated, or give --weights FILE",
             ) from error
         return model, flexible, f"timm {name}", []
