@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ from PIL import Image
 
 from rice_eval.bank.source import TokenReader
 from rice_eval.datasets.base import Dataset
+from rice_eval.datasets.detection import CocoDetection
+from rice_eval.datasets.subset import Subset
 from rice_eval.errors import UsageError
+from rice_eval.metrics.coco import Found, Truth
 from rice_eval.protocols.base import Panel
 from rice_eval.report.panel_files import panels_folder, save_panels
-from rice_eval.report.panels import pca_maps, segmentation_panel
+from rice_eval.report.panels import Boxes, PanelPicture, detection_panel, pca_maps, segmentation_panel
 
-__all__ = ["save_pictures", "save_predictions", "token_maps"]
+__all__ = ["coco_results", "save_pictures", "save_predictions", "token_maps"]
 
 
 def token_maps(reader: TokenReader, layer: int, indices: Sequence[int]) -> dict[int, NDArray[np.uint8]]:
@@ -42,32 +46,58 @@ def save_pictures(
         maps: from ``token_maps``; empty where tokens were not kept.
         kind: kind of the task.
     """
-    if not panels or kind != "segmentation":
+    painters = {"segmentation": _segmented, "detection": _detected}
+    if not panels or kind not in painters:
         return
-    pictures = [
-        segmentation_panel(
-            panel.image_id,
-            panel.index,
-            dataset.image(panel.index),
-            panel.truth,
-            panel.prediction,
-            dataset.classes,
-            palette=dataset.palette,
-            tokens=maps.get(panel.index),
-        )
-        for panel in panels
-    ]
+    pictures = [painters[kind](panel, dataset, maps.get(panel.index)) for panel in panels]
     save_panels(panels_folder(record), pictures)
 
 
-def save_predictions(folder: Path, predictions: Mapping[str, Any]) -> None:
-    """Write one PNG a test image, a class index a pixel: 8 bits where the indices fit, else 16.
+def _segmented(panel: Panel, dataset: Dataset, tokens: NDArray[np.uint8] | None) -> PanelPicture:
+    return segmentation_panel(
+        panel.image_id,
+        panel.index,
+        dataset.image(panel.index),
+        panel.truth,
+        panel.prediction,
+        dataset.classes,
+        palette=dataset.palette,
+        tokens=tokens,
+    )
+
+
+def _detected(panel: Panel, dataset: Dataset, tokens: NDArray[np.uint8] | None) -> PanelPicture:
+    truth, found = panel.truth, panel.prediction
+    assert isinstance(truth, Truth)
+    assert isinstance(found, Found)
+    return detection_panel(
+        panel.image_id,
+        panel.index,
+        dataset.image(panel.index),
+        Boxes(truth.boxes, truth.labels),
+        Boxes(found.boxes, found.labels, found.scores),
+        dataset.things,
+        tokens=tokens,
+    )
+
+
+def save_predictions(folder: Path, predictions: Mapping[str, Any], dataset: Dataset) -> None:
+    """Write every test image's prediction.
+
+    Label maps become one PNG an image, a class index a pixel (8 bits where the indices fit, else 16); detections one
+    ``detections.json`` in COCO's results format, with the file's own image and category ids where the dataset has them.
 
     Raises:
         UsageError: the folder can't be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if predictions and all(isinstance(p, Found) for p in predictions.values()):
+            target = folder / "detections.json"
+            partial = target.with_suffix(".part")
+            partial.write_text(json.dumps(coco_results(predictions, dataset)) + "\n", encoding="utf-8")
+            partial.replace(target)
+            return
         for image_id, labels in predictions.items():
             array = np.asarray(labels)
             wide = bool(array.size) and int(array.max()) > 255
@@ -79,3 +109,33 @@ def save_predictions(folder: Path, predictions: Mapping[str, Any]) -> None:
         raise UsageError(
             f"--save-predictions {folder}: {error.strerror}", "choose another folder or free some space"
         ) from error
+
+
+def coco_results(predictions: Mapping[str, Found], dataset: Dataset) -> list[dict[str, Any]]:
+    """Detections in COCO's results format: ``image_id``, ``category_id``, ``bbox`` xywh, ``score``, masks where there are any.
+
+    Args:
+        predictions: image name -> its detections.
+        dataset: the test split; without ids of its own, images keep their names and categories count from 1.
+    """
+    while isinstance(dataset, Subset):
+        dataset = dataset.base
+    keys: dict[str, Any] = {}
+    categories: Sequence[int] = range(1, len(dataset.things) + 1)
+    if isinstance(dataset, CocoDetection):
+        categories = dataset.category_ids
+        keys = {dataset.image_id(i): key for i, key in enumerate(dataset.image_keys)}
+    out = []
+    for name, found in predictions.items():
+        for k, (box, score, label) in enumerate(
+            zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist())
+        ):
+            x1, y1, x2, y2 = box
+            entry = {"image_id": keys.get(name, name), "category_id": int(categories[label])}
+            entry |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
+            if found.masks is not None:
+                counts = found.masks[k]["counts"]
+                text = counts.decode() if isinstance(counts, bytes) else counts
+                entry["segmentation"] = {"size": list(found.masks[k]["size"]), "counts": text}
+            out.append(entry)
+    return out

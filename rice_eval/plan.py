@@ -20,7 +20,7 @@ from rice_eval.views import View
 
 __all__ = ["EncoderRef", "Job", "Plan", "TaskRef", "make_plan", "parse_encoder", "task_for_dataset"]
 
-DEFAULT_PROTOCOL = {"segmentation": "linear"}
+DEFAULT_PROTOCOL = {"segmentation": "linear", "detection": "fcos-linear"}
 DEFAULT_VIEW = "square=448"
 
 

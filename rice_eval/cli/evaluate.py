@@ -1,8 +1,10 @@
-"""Commands that evaluate: ``demo``, ``segmentation``, ``run``, ``plan``."""
+"""Commands that evaluate: ``demo``, ``segmentation``, ``detection``, ``regions``, ``run``, ``plan``."""
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +25,10 @@ Weights = Annotated[
 ]
 Data = Annotated[
     list[str] | None, typer.Option("--data", help="Folder (or zip) of the data; DATASET=DIR where tasks need several.")
+]
+DatasetName = Annotated[str, typer.Option("--dataset", "-d", help="Dataset, see rice-eval list datasets.")]
+ReaderOptions = Annotated[
+    list[str] | None, typer.Option("--option", help="NAME=VALUE for the dataset's reader. Repeatable.")
 ]
 Protocols = Annotated[
     list[str] | None, typer.Option("--protocol", "-p", help="Protocol id; the task's own by default. Repeatable.")
@@ -47,7 +53,8 @@ Include = Annotated[list[Path] | None, typer.Option("--include", help="Folder wi
 LimitTrain = Annotated[int | None, typer.Option("--limit-train", min=1, help="Use only this many training images.")]
 LimitTest = Annotated[int | None, typer.Option("--limit-test", min=1, help="Use only this many test images.")]
 Predictions = Annotated[
-    Path | None, typer.Option("--save-predictions", help="Folder for every test image's prediction, as PNG.")
+    Path | None,
+    typer.Option("--save-predictions", help="Folder for every test image's prediction: PNG, or COCO's JSON."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")]
 Trust = Annotated[
@@ -60,6 +67,8 @@ def register(app: typer.Typer) -> None:
     """Add this module's commands to ``app``."""
     app.command("demo")(demo)
     app.command("segmentation")(segmentation)
+    app.command("detection")(detection)
+    app.command("regions")(regions)
     app.command("run")(run)
     app.command("plan")(plan)
 
@@ -83,66 +92,87 @@ def demo(
             typer.echo(f"{label}: {path}")
 
 
-def segmentation(
-    encoder: Encoders,
-    dataset: Annotated[str, typer.Option("--dataset", "-d", help="Dataset, see rice-eval list datasets.")] = "scenes",
-    data: Data = None,
-    classes: Annotated[
-        str | None, typer.Option("--classes", help="Class set, where the dataset has several (e.g. super).")
-    ] = None,
-    option: Annotated[
-        list[str] | None, typer.Option("--option", help="NAME=VALUE for the dataset's reader. Repeatable.")
-    ] = None,
-    protocol: Protocols = None,
-    view: ViewOption = None,
-    setting: Settings = None,
-    weights: Weights = None,
-    results: Results = Path("results"),
-    bank: BankRoot = None,
-    no_store: NoStore = False,
-    device: Device = "cpu",
-    batch_size: BatchSize = 16,
-    workers: Workers = None,
-    autocast: Autocast = None,
-    on_bad_image: BadImage = "stop",
-    limit_train: LimitTrain = None,
-    limit_test: LimitTest = None,
-    save_predictions: Predictions = None,
-    include: Include = None,
-    trust_remote_code: Trust = False,
-    report: Page = True,
-    as_json: AsJson = False,
-) -> None:
-    """Semantic segmentation from frozen tokens."""
-    options: dict[str, Any] = _pairs("--option", option)
-    if classes is not None:
-        options["classes"] = classes
-    _evaluate(
-        encoder,
-        weights,
-        results,
-        as_json,
-        report,
-        dataset=dataset,
-        kind="segmentation",
-        options=options,
-        data=_data(data),
-        protocols=protocol or (),
-        view=view,
-        settings=_pairs("--set", setting),
-        include=include or (),
-        limit_train=limit_train,
-        limit_test=limit_test,
-        bank=bank,
-        store=not no_store,
-        device=device,
-        batch_size=batch_size,
-        workers=workers,
-        autocast=autocast,
-        on_bad_image=on_bad_image,
-        predictions=save_predictions,
-        trust_remote_code=trust_remote_code,
+_SHARED: dict[str, tuple[Any, Any]] = {
+    "data": (Data, None),
+    "option": (ReaderOptions, None),
+    "protocol": (Protocols, None),
+    "view": (ViewOption, None),
+    "setting": (Settings, None),
+    "weights": (Weights, None),
+    "results": (Results, Path("results")),
+    "bank": (BankRoot, None),
+    "no_store": (NoStore, False),
+    "device": (Device, "cpu"),
+    "batch_size": (BatchSize, 16),
+    "workers": (Workers, None),
+    "autocast": (Autocast, None),
+    "on_bad_image": (BadImage, "stop"),
+    "limit_train": (LimitTrain, None),
+    "limit_test": (LimitTest, None),
+    "save_predictions": (Predictions, None),
+    "include": (Include, None),
+    "trust_remote_code": (Trust, False),
+    "report": (Page, True),
+    "as_json": (AsJson, False),
+}
+"""Parameters of every command that evaluates on one dataset: annotation and default."""
+
+
+def _on_dataset(kind: str, text: str, reader: dict[str, Any]) -> Callable[..., None]:
+    """A command that evaluates encoders on one dataset.
+
+    Args:
+        kind: kind of task.
+        text: its help.
+        reader: further flags that are options of the dataset's reader, by the option's name: their annotations.
+    """
+
+    def command(**given: Any) -> None:
+        options = _pairs("--option", given.pop("option"))
+        flagged = {name: given.pop(name) for name in reader}
+        options |= {name: value for name, value in flagged.items() if value is not None}
+        _evaluate(
+            given.pop("encoder"),
+            given.pop("weights"),
+            given.pop("results"),
+            given.pop("as_json"),
+            given.pop("report"),
+            kind=kind,
+            options=options,
+            data=_data(given.pop("data")),
+            protocols=given.pop("protocol") or (),
+            settings=_pairs("--set", given.pop("setting")),
+            include=given.pop("include") or (),
+            store=not given.pop("no_store"),
+            predictions=given.pop("save_predictions"),
+            **given,
+        )
+
+    flags = {"encoder": (Encoders, inspect.Parameter.empty), "dataset": (DatasetName, "scenes")}
+    flags |= {name: (annotation, None) for name, annotation in reader.items()}
+    flags |= _SHARED
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    # Typer reads a command's flags from its signature: one table serves every kind of task.
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(name, keyword, default=default, annotation=a) for name, (a, default) in flags.items()]
     )
+    command.__annotations__ = {name: annotation for name, (annotation, _) in flags.items()}
+    command.__doc__ = text
+    return command
+
+
+segmentation = _on_dataset(
+    "segmentation",
+    "Semantic segmentation from frozen tokens.",
+    {"classes": Annotated[str | None, typer.Option(help="Class set, where the dataset has several (e.g. super).")]},
+)
+_JSON = {
+    "train_json": Annotated[str | None, typer.Option(help="coco-format: annotations of the training split.")],
+    "val_json": Annotated[str | None, typer.Option(help="coco-format: annotations of the test split.")],
+    "images": Annotated[str | None, typer.Option(help="coco-format: folder of the images, {split} for the split.")],
+}
+detection = _on_dataset("detection", "Object detection from frozen tokens.", _JSON)
+regions = _on_dataset("regions", "Recognition and retrieval of given regions.", _JSON)
 
 
 def run(
