@@ -15,81 +15,19 @@ from torch import Tensor
 from rice_eval.adapters.base import EncoderFacts, LoadRequest
 from rice_eval.adapters.checkpoints import Checkpoint, TensorInfo, few, open_checkpoint, strip_wrappers
 from rice_eval.adapters.hub import locate
-from rice_eval.adapters.layouts import Layout, Rule, block_rules, count_blocks, load_tensors, view
+from rice_eval.adapters.layouts import Layout, count_blocks, load_tensors, view
 from rice_eval.adapters.preprocessing import mean_and_std
+from rice_eval.adapters.rice_names import DEEPGLINT, DEEPGLINT_MHA, HUB, LLAVA_ONEVISION
 from rice_eval.adapters.tower import Tower, build, core, fill, shapes_of, transformers_module
 from rice_eval.errors import CheckpointError
 
-__all__ = [
-    "DEEPGLINT",
-    "HUB",
-    "LLAVA_ONEVISION",
-    "Found",
-    "adapter",
-    "config_for",
-    "find",
-    "from_blocks",
-    "tensors_for",
-]
+__all__ = ["Found", "adapter", "config_for", "empty", "find", "from_blocks", "strangers_of", "tensors_for"]
 
 ANCHOR = "class_pos_emb"
 POST_NORM = ("post_layernorm.weight", "post_layernorm.bias")
 #: Written into a converted file's metadata where the source had no final norm, so that its absence is known, not guessed.
 ABSENT = "rice_eval.absent"
 
-HUB = Layout("transformers")
-DEEPGLINT = Layout(
-    "DeepGlint training file",
-    (
-        Rule("conv1.weight", "embeddings.patch_embedding.weight"),
-        Rule("class_embedding", "embeddings.class_embedding"),
-        Rule("class_pos_emb", "class_pos_emb"),
-        Rule("ln_pre.{p}", "pre_layrnorm.{p}"),
-        Rule("ln_post.{p}", "post_layernorm.{p}"),
-        *block_rules(
-            "transformer.resblocks.{n}.",
-            "encoder.layers.{n}.",
-            {
-                "ln_1": "layer_norm1",
-                "ln_2": "layer_norm2",
-                "attn.out_proj": "self_attn.out_proj",
-                "mlp.c_fc": "mlp.fc1",
-                "mlp.c_proj": "mlp.fc2",
-            },
-            "attn.in_proj.{p}",
-        ),
-    ),
-    ignore=(r".*\binv_freq", r"positional_embedding", r"proj"),
-)
-#: The same file where attention is torch's MultiheadAttention, whose fused tensor has an underscore.
-DEEPGLINT_MHA = Layout(
-    DEEPGLINT.name,
-    tuple(Rule(r.source.replace("in_proj.{p}", "in_proj_{p}"), r.target, r.part) for r in DEEPGLINT.rules),
-    DEEPGLINT.ignore,
-)
-LLAVA_ONEVISION = Layout(
-    "tower of LLaVA-OneVision-1.5",
-    (
-        Rule("patch_embed.proj.weight", "embeddings.patch_embedding.weight"),
-        Rule("class_embedding", "embeddings.class_embedding"),
-        Rule("class_pos_emb", "class_pos_emb"),
-        Rule("pre_layernorm.{p}", "pre_layrnorm.{p}"),
-        Rule("post_layernorm.{p}", "post_layernorm.{p}"),
-        *block_rules(
-            "blocks.{n}.",
-            "encoder.layers.{n}.",
-            {
-                "norm1": "layer_norm1",
-                "norm2": "layer_norm2",
-                "attn.proj": "self_attn.out_proj",
-                "mlp.fc1": "mlp.fc1",
-                "mlp.fc2": "mlp.fc2",
-            },
-            "attn.qkv.{p}",
-        ),
-    ),
-    ignore=(r".*\binv_freq", r"merger\..*"),
-)
 # What a tower is called inside a larger model; names outside it belong to that model and are left alone.
 _CONTAINERS = ("visual.", "vision_tower.")
 

@@ -273,3 +273,24 @@ def test_config_that_disagrees(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "c" / "config.json").write_text(json.dumps({**config, "colour": 4}))
     with pytest.raises(CheckpointError, match="unknown field 'colour'"):
         load_encoder("cloc-vit-b-16-224", weights=tmp_path / "c")
+
+
+def test_texts_through_a_tokenizer_beside_the_weights(model: ClocModel, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from dataclasses import replace
+
+    from tiny_models import TEXTS, save_tokenizer
+
+    other = ClocModel(replace(TINY, eos_id=2)).eval()
+    other.load_state_dict(model.state_dict())
+    save(other, tmp_path)
+    save_tokenizer(tmp_path)
+    encoder = load_encoder("cloc-vit-b-16-224", weights=tmp_path)
+    assert isinstance(encoder, ClocEncoder)
+    assert "text" in encoder.facts.abilities
+    texts = encoder.embed_text(TEXTS)
+    ids = torch.tensor([[1, 9, 10, 2]])  # <bos> red car <eos>
+    torch.testing.assert_close(texts[2:3], encoder.embed_ids(ids), atol=1e-6, rtol=0)
+    tokens = encoder.encode(torch.rand(1, 3, 32, 32))
+    assert encoder.ground(tokens, [TEXTS])[0].shape == (4, 4)
+    assert encoder.embed_text([]).shape == (0, 12)
