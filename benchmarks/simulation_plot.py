@@ -11,7 +11,7 @@ _COLOURS = {KIND: "#1f6feb", "percentile": "#d29922", "basic": "#8957e5", "bca":
 
 def plot(found: dict[str, Any]) -> str:
     """Coverage by method, and what the gate fails, as one SVG."""
-    cover: dict[str, dict[str, dict[str, float]]] = found["coverage"]
+    cover: dict[str, dict[str, dict[str, float]]] = {name: part["methods"] for name, part in found["coverage"].items()}
     gates: list[dict[str, Any]] = found["gate"]
     out = [
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 380" font-family="sans-serif" font-size="12">',

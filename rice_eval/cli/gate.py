@@ -48,13 +48,13 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare runs over the same images: difference, interval and p a task, and what moved. The first run is the baseline."""
-    from rice_eval.results.compare import Tests
+    from rice_eval.results.compare import Resampling
     from rice_eval.results.compare import compare as compare_sides
 
     if len(runs) < 2:
         raise UsageError("compare takes two runs or more", "e.g. rice-eval compare results-a results-b")
     found = [_side(run, results or [Path("results")]) for run in runs]
-    tests = Tests(resamples=resamples, permutations=permutations)
+    tests = Resampling(resamples=resamples, permutations=permutations)
     shown = [(other, compare_sides(found[0], other, tests, max(movers, 1))) for other in found[1:]]
     pictures = {}
     if panels is not None:

@@ -18,7 +18,18 @@ from rice_eval.results.paired import Paired, holm, paired
 from rice_eval.results.record import Record, differences
 from rice_eval.results.store import StoredRecord
 
-__all__ = ["Comparison", "Mover", "Pair", "Side", "Tests", "class_movers", "compare", "image_movers", "match", "sides"]
+__all__ = [
+    "Comparison",
+    "Mover",
+    "Pair",
+    "Resampling",
+    "Side",
+    "class_movers",
+    "compare",
+    "image_movers",
+    "match",
+    "sides",
+]
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Tests:
+class Resampling:
     """How differences are tested.
 
     Attributes:
@@ -186,7 +197,7 @@ def statistics_of(entries: Sequence[StoredRecord]) -> list[Statistics] | None:
     return [e.statistics() for e in entries]
 
 
-def test_pair(pair: Pair, tests: Tests) -> tuple[Paired | None, list[Statistics] | None, list[Statistics] | None]:
+def paired_of(pair: Pair, tests: Resampling) -> tuple[Paired | None, list[Statistics] | None, list[Statistics] | None]:
     """The headline metric's paired test, with the statistics that it read; None where a side has none.
 
     Raises:
@@ -207,10 +218,7 @@ def test_pair(pair: Pair, tests: Tests) -> tuple[Paired | None, list[Statistics]
     return found[metric], a, b
 
 
-test_pair.__test__ = False  # type: ignore[attr-defined]  # pytest: not a test
-
-
-def compare(a: Side, b: Side, tests: Tests | None = None, movers: int = 10) -> list[Comparison]:
+def compare(a: Side, b: Side, tests: Resampling | None = None, movers: int = 10) -> list[Comparison]:
     """B against A on every task that both have.
 
     Args:
@@ -233,7 +241,7 @@ def compare(a: Side, b: Side, tests: Tests | None = None, movers: int = 10) -> l
         raise RecordError(f"{a.label} and {b.label} have no task in common", "run both on the same tasks")
     rows = []
     for pair in pairs:
-        test, ours, theirs = test_pair(pair, tests or Tests())
+        test, ours, theirs = paired_of(pair, tests or Resampling())
         images = (
             () if ours is None or theirs is None else tuple(image_movers(ours, theirs, pair.record.metric)[:movers])
         )

@@ -45,16 +45,16 @@ def model_index(stored: Sequence[StoredRecord]) -> str:
                         "name": record.task.dataset,
                         "type": record.task.dataset,
                         "split": record.task.test_split,
+                        "revision": record.task.test_fingerprint,
                     },
                     "metrics": [
                         {
                             "type": metric,
-                            "name": f"{metric} ({record.protocol.id} {record.protocol.hash})",
+                            "name": f"{metric} ({record.protocol.id} {record.protocol.hash}, record {record.sha256[:12]})",
                             "value": round(record.metrics[metric].value, 4),
                         }
                         for metric in names
                     ],
-                    "source": {"name": f"rice-eval {record.environment.rice_eval}, record {record.sha256[:12]}"},
                 }
             )
         models.append({"name": name, "results": results})

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from rice_eval.errors import RecordError, UsageError
-from rice_eval.results.compare import Pair, Side, Tests, match, sides, test_pair
+from rice_eval.results.compare import Pair, Resampling, Side, match, paired_of, sides
 from rice_eval.results.paired import Paired, holm
 from rice_eval.results.store import StoredRecord
 
@@ -189,9 +189,9 @@ def run_gate(baseline: Iterable[StoredRecord], candidate: Iterable[StoredRecord]
 def _tested(pair: Pair, policy: Policy) -> tuple[Paired | None, str]:
     if pair.problems:
         return None, "; ".join(pair.problems)
-    tests = Tests(policy.resamples, policy.permutations, policy.seed)
+    tests = Resampling(policy.resamples, policy.permutations, policy.seed)
     try:
-        test, _, _ = test_pair(pair, tests)
+        test, _, _ = paired_of(pair, tests)
     except RecordError as error:
         return None, str(error)
     if test is None:
