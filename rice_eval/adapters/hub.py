@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from rice_eval.adapters.base import LoadRequest
-from rice_eval.adapters.checkpoints import expand
 from rice_eval.errors import CheckpointError, MissingExtraError
 
 __all__ = ["locate"]
@@ -35,7 +34,7 @@ def locate(request: LoadRequest) -> str | Path:
     if local.exists():
         return local / source.subfolder if source.subfolder else local
     if source.hub.count("/") != 1 or source.hub.startswith((".", "/", "~")):
-        return expand(source.hub)[0]
+        raise CheckpointError(f"{source.hub}: no such folder, and no name of a hub repository", "check the path")
     folder = _download(source.hub, source.revision, source.file, source.subfolder)
     if source.file:
         return folder / source.file
