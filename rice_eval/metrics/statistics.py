@@ -52,7 +52,15 @@ METRICS: dict[str, MetricInfo] = {
     "one_minus_ned": MetricInfo("1-NED"),
     "cer": MetricInfo("CER", higher_is_better=False),
     "wer": MetricInfo("WER", higher_is_better=False),
+    "word_accuracy_exact": MetricInfo("exact word accuracy"),
     "hmean": MetricInfo("Hmean"),
+    "precision": MetricInfo("precision"),
+    "recall": MetricInfo("recall"),
+    "text_iou": MetricInfo("text IoU"),
+    "spotting": MetricInfo("word-spotting F"),
+    "ranking_precision": MetricInfo("AP a region"),
+    "recall_at_5": MetricInfo("recall at 5"),
+    "recall_at_10": MetricInfo("recall at 10"),
     "accuracy": MetricInfo("accuracy"),
     "anls": MetricInfo("ANLS"),
 }
@@ -134,7 +142,7 @@ def statistics_from_arrays(kind: str, arrays: Mapping[str, NDArray[np.generic]])
     return _KINDS[kind].from_arrays(arrays)
 
 
-_MODULES = {"iou": "rice_eval.metrics.iou", "ap": "rice_eval.metrics.coco"}
+_MODULES = {"iou": "rice_eval.metrics.iou", "ap": "rice_eval.metrics.coco", "text": "rice_eval.metrics.text_statistics"}
 """Kinds defined in this package, imported when a file of theirs is read."""
 
 
