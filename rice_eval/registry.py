@@ -156,6 +156,10 @@ protocols: Registry[object] = Registry(
     "rice_eval.protocols",
     {
         "linear": "rice_eval.protocols.linear:Linear",
+        "capi-knn": "rice_eval.protocols.knn:CapiKnn",
+        "capi-logreg": "rice_eval.protocols.logreg:CapiLogreg",
+        "hummingbird-knn": "rice_eval.protocols.knn:HummingbirdKnn",
+        "visbench-linear": "rice_eval.protocols.linear_visbench:VisbenchLinear",
         "gram-lda": "rice_eval.protocols.gram:GramLDA",
         "gram-ridge": "rice_eval.protocols.gram:GramRidge",
         "fcos-linear": "rice_eval.protocols.detection_fcos:FcosLinear",
