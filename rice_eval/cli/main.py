@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
+
+# Before anything imports torch: OpenMP threads that wait should sleep, not spin. On a machine that others use too, two
+# spinning threads made the training of small heads more than five times slower; on a quiet one it makes no difference.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 
