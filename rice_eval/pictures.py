@@ -70,6 +70,9 @@ def _detected(panel: Panel, dataset: Dataset, tokens: NDArray[np.uint8] | None) 
     truth, found = panel.truth, panel.prediction
     assert isinstance(truth, Truth)
     assert isinstance(found, Found)
+    # As many boxes as there are objects, the surest ones: scores of different heads are not on one scale.
+    wanted = max(1, int((~truth.crowd).sum()))
+    least = np.sort(found.scores)[-wanted] if len(found.scores) > wanted else 0.0
     return detection_panel(
         panel.image_id,
         panel.index,
@@ -77,6 +80,7 @@ def _detected(panel: Panel, dataset: Dataset, tokens: NDArray[np.uint8] | None) 
         Boxes(truth.boxes, truth.labels),
         Boxes(found.boxes, found.labels, found.scores),
         dataset.things,
+        score=float(least),
         tokens=tokens,
     )
 

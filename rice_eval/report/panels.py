@@ -250,7 +250,7 @@ def detection_panel(
     present = sorted({int(c) for c in (*truth.labels, *shown.labels) if 0 <= c < n})
     note = f"{len(truth.labels)} true, {len(shown.labels)} predicted"
     if prediction.scores is not None:
-        note += f" at score {score:g} or more"
+        note += f" at score {score:.2g} or more"
     return PanelPicture(
         image_id, index, tuple(tiles), tuple(LegendEntry(classes[c], _rgb(colors[c])) for c in present), note
     )
