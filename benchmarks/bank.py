@@ -215,7 +215,7 @@ def _private_kb() -> int:
     raise SystemExit("this part reads /proc/self/status and needs Linux")
 
 
-def peak_of(root: str, data: str, images: int, size: int) -> None:
+def peak_of(root: str, images: int, size: int) -> None:
     """In a process of its own: evaluate on ``images`` training images, print the peak in kB."""
     from rice_eval import evaluate
 
@@ -230,11 +230,10 @@ def peak_of(root: str, data: str, images: int, size: int) -> None:
     evaluate(
         [ENCODER],
         dataset="scenes",
-        data=data,
+        options={"size": size, "n_train": images, "n_val": 16},
         protocols=["linear"],
         view=f"square={size}",
         settings={"steps": 60, **LINEAR},
-        limit_train=images,
         results=Path(root) / "results",
         bank=Path(root) / "bank",
         batch_size=8,
@@ -247,11 +246,9 @@ def peak_of(root: str, data: str, images: int, size: int) -> None:
 
 
 def memory(work: Path, images: int, size: int) -> list[Row]:
-    data = work / "scenes"
-    make_data(data, 8 * images, 16, size)
     peaks = {}
     for count in (images, 8 * images):
-        call = f"import bank; bank.peak_of({str(work / str(count))!r}, {str(data)!r}, {count}, {size})"
+        call = f"import bank; bank.peak_of({str(work / str(count))!r}, {count}, {size})"
         done = subprocess.run(
             [sys.executable, "-c", call], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
         )
@@ -337,7 +334,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         data = work / "scenes"
-        make_data(data, given.train, given.val, given.size)
+        if set(wanted) - {"memory"}:
+            make_data(data, given.train, given.val, given.size)
         if "overhead" in wanted or "online" in wanted:
             made, spent = overhead(work / "overhead", data, given.size)
             rows += made

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rice_eval.adapters.base import Encoder
+from rice_eval.bank.arena import Arena
 from rice_eval.bank.key import BankKey
 from rice_eval.bank.shard import CAST, PackedImage, pack
 from rice_eval.errors import BankError
@@ -91,6 +92,7 @@ class Forward:
         self._key = key
         self._device = device
         self._note = note
+        self._arena = Arena()
         self.batch_size = max(1, batch_size)
 
     def shard(self, images: Iterable[Prepared]) -> tuple[list[PackedImage], list[Prepared]]:
@@ -108,6 +110,7 @@ class Forward:
         Raises:
             BankError: tokens that are NaN or Inf, or no memory for a single frame.
         """
+        self._arena = Arena()
         order: list[Prepared] = []
         bad: list[Prepared] = []
         parts: dict[int, _Parts] = {}
@@ -197,15 +200,22 @@ class Forward:
             cls, _ = pack(cls, "fp16" if self._key.dtype == "int8" else self._key.dtype)
             sums.append(cls.sum(dim=1, dtype=torch.float32))
         sound = torch.stack(sums).isfinite()
-        values = {layer: _home(v, cuda) for layer, v in values.items()}
-        scales = {layer: _home(v, cuda) for layer, v in scales.items()}
-        home_cls, home_sound = None if cls is None else _home(cls, cuda), _home(sound, cuda)
+        values = {layer: self._home(v) for layer, v in values.items()}
+        scales = {layer: self._home(v) for layer, v in scales.items()}
+        home_cls, home_sound = None if cls is None else self._home(cls), self._home(sound)
         ready = None
         if cuda:
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record()
         grids = {layer: (int(tokens.grids[layer][0]), int(tokens.grids[layer][1])) for layer in self._key.layers}
         return _Launched(slots, values, scales, grids, home_cls, home_sound, ready)
+
+    def _home(self, tensor: Tensor) -> Tensor:
+        """The tensor on the CPU, in memory of its shard's own; from a GPU into pinned memory, without waiting."""
+        if self._device.type == "cuda":
+            out = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            return out.copy_(tensor, non_blocking=True)
+        return self._arena.take(tensor.shape, tensor.dtype).copy_(tensor)
 
     def _collect(self, launched: _Launched | None, parts: dict[int, _Parts]) -> None:
         if launched is None:
@@ -246,14 +256,6 @@ class Forward:
                 raise BankError(
                     f"{where}: a token of {peak:.3g} does not fit {self._key.dtype}", "store tokens as bf16 or fp32"
                 )
-
-
-def _home(tensor: Tensor, cuda: bool) -> Tensor:
-    """The tensor on the CPU; from a GPU into pinned memory, without waiting."""
-    if not cuda:
-        return tensor.cpu()
-    out = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return out.copy_(tensor, non_blocking=True)
 
 
 def _packed(image: Prepared, part: _Parts) -> PackedImage:

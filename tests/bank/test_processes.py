@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from bank_fakes import Collect, FakeDataset, files, source
-from bank_worker import IMAGES, dataset, fill, forwarded
+from bank_worker import IMAGES, dataset, fill, forwarded, peak
 
 from rice_eval.bank.store import Bank
 
@@ -123,3 +123,17 @@ def test_a_lock_that_is_held_is_respected_and_does_not_block_others(tmp_path: Pa
     made.extract()
     assert made.missing == ()
     assert made.forwards == 8
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_stays_flat(tmp_path: Path, context: Any):
+    peaks = []
+    for images in (100, 800):  # 150 MB and 1.2 GB of tokens
+        here, there = context.Pipe(duplex=False)
+        process = context.Process(target=peak, args=(str(tmp_path / str(images)), images, there))
+        process.start()
+        assert here.poll(300)
+        peaks.append(here.recv())
+        process.join(60)
+    assert peaks[1] < 1.05 * peaks[0]
