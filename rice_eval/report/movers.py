@@ -48,7 +48,9 @@ def write_mover_panels(comparison: Comparison, folder: Path, labels: tuple[str, 
 
 
 def _strip(a: StoredPanel, b: StoredPanel, labels: tuple[str, str], words: str) -> Image.Image:
-    tiles = [(tile.role, tile.data) for tile in a.tiles if tile.role in ("image", "truth")]
+    tiles: list[tuple[str, bytes]] = [
+        (str(tile.role), tile.data) for tile in a.tiles if tile.role in ("image", "truth")
+    ]
     for panel, label in ((a, labels[0]), (b, labels[1])):
         tiles += [(label, tile.data) for tile in panel.tiles if tile.role == "prediction"]
     pictures = [(caption, Image.open(io.BytesIO(data)).convert("RGB")) for caption, data in tiles]
