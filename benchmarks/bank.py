@@ -105,12 +105,15 @@ def evaluation(
 ) -> tuple[Clock, Any]:
     """A whole evaluation, loading and record included."""
     from rice_eval import evaluate
+    from rice_eval.datasets import load_dataset
 
+    counts = {f"n_{split}": len(load_dataset("scenes", split, data)) for split in ("train", "val")}
     with clock() as spent:
         (result,) = evaluate(
             [encoder],
             dataset="scenes",
             data=data,
+            options=counts,
             protocols=[protocol],
             view=f"square={size}",
             settings=settings,
@@ -292,10 +295,12 @@ def ray_rate(work: Path, data: Path, size: int) -> list[Row]:
 
     from rice_eval.cards import catalogue
     from rice_eval.cluster import RayOptions, execute_on_ray
+    from rice_eval.datasets import load_dataset
     from rice_eval.plan import EncoderRef, TaskRef, make_plan, task_for_dataset
     from rice_eval.run import RunOptions
 
-    card = task_for_dataset(catalogue(()), "segmentation", "scenes", {})
+    counts = {f"n_{split}": len(load_dataset("scenes", split, data)) for split in ("train", "val")}
+    card = task_for_dataset(catalogue(()), "segmentation", "scenes", counts)
     plan = make_plan([EncoderRef(ENCODER)], [TaskRef(card, data)], protocol_ids=("gram-lda",), view=f"square={size}")
     rates = {}
     for nodes in (1, 2):
