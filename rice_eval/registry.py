@@ -157,6 +157,8 @@ protocols: Registry[object] = Registry(
     "rice_eval.protocols",
     {
         "linear": "rice_eval.protocols.linear:Linear",
+        "head-import": "rice_eval.protocols.heads:HeadImport",
+        "zero-shot-seg": "rice_eval.protocols.zeroshot:ZeroShotSeg",
         "capi-knn": "rice_eval.protocols.knn:CapiKnn",
         "capi-logreg": "rice_eval.protocols.logreg:CapiLogreg",
         "hummingbird-knn": "rice_eval.protocols.knn:HummingbirdKnn",
@@ -165,6 +167,7 @@ protocols: Registry[object] = Registry(
         "gram-ridge": "rice_eval.protocols.gram:GramRidge",
         "fcos-linear": "rice_eval.protocols.detection_fcos:FcosLinear",
         "fcos-sfp": "rice_eval.protocols.detection_fcos:FcosSfp",
+        "ctc-linear": "rice_eval.protocols.ocr:CtcLinear",
         "dinov2-linear": "rice_eval.protocols.online_recipes:Dinov2Linear",
         "dinov2-linear-ms": "rice_eval.protocols.online_recipes:Dinov2LinearMs",
         "dinov3-linear": "rice_eval.protocols.online_recipes:Dinov3Linear",

@@ -19,6 +19,7 @@ from rice_eval.errors import PlanError, UsageError
 __all__ = [
     "Adapter",
     "EmbedsImage",
+    "EmbedsPatches",
     "EmbedsText",
     "Encoder",
     "EncoderFacts",
@@ -197,6 +198,15 @@ class EmbedsImage(Protocol):
 
     def embed_image(self, images: Tensor) -> Tensor:
         """``(B, E)`` L2-normalised embeddings of ``(B, 3, H, W)`` images in [0, 1]."""
+        ...
+
+
+@runtime_checkable
+class EmbedsPatches(Protocol):
+    """An encoder that places its patches in the text space."""
+
+    def embed_patches(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """``(B, N, E)`` embeddings of ``(B, 3, H, W)`` images in [0, 1], in raster order, and their grid ``(h, w)``."""
         ...
 
 

@@ -214,8 +214,9 @@ def to_hsv(image: Image) -> Image:
 
 def from_hsv(hsv: Image) -> Image:
     """OpenCV's 8-bit HSV to RGB."""
-    hue, saturation, value = (hsv[..., k].astype(np.float32) for k in range(3))
-    hue, saturation = hue / 30, saturation / 255
+    hue = hsv[..., 0].astype(np.float32) / np.float32(30)
+    saturation = hsv[..., 1].astype(np.float32) / np.float32(255)
+    value = hsv[..., 2].astype(np.float32)
     sector = np.floor(hue)
     share = hue - sector
     p = value * (1 - saturation)

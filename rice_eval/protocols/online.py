@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -32,7 +32,7 @@ from rice_eval.protocols.schedules import SCHEDULES, ScheduleName, schedule
 from rice_eval.protocols.segmentation import LAYER_SETS, LayerSet, Scorer, check_choice, checked_labels, layers_of
 from rice_eval.views import View
 
-__all__ = ["OnlineLinear"]
+__all__ = ["OnlineLinear", "evaluate_online", "score_online"]
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,10 @@ class OnlineLinear(Protocol):
         start = time.perf_counter()
         head, resumed = self.fit(context, counted)
         fitted = time.perf_counter()
-        scorer = self._test(context, head, counted)
         layers = self.layers(context.facts)
+        scorer, tested = evaluate_online(
+            context, head, layers, self.norm, self.view, self.scales, self.mirror, self.squeeze, self.precision
+        )
         settings = {"layers": list(layers), "lr": self.lr, "wd": self.wd}
         notes = (f"training went on from step {resumed} of a killed run",) if 0 < resumed < self.steps else ()
         return Outcome(
@@ -137,7 +139,7 @@ class OnlineLinear(Protocol):
             panels=tuple(scorer.panels),
             warnings=(*notes, *scorer.warnings()),
             predictions=scorer.predictions,
-            forwards=counted.images,
+            forwards=counted.images + tested,
         )
 
     def augmentation(self, patch: int, fill: tuple[int, int, int]) -> Augment:
@@ -223,29 +225,50 @@ class OnlineLinear(Protocol):
                 )
         return head.eval(), first
 
-    def _test(self, context: Context, head: PixelHead, counted: Callable[[int], None]) -> Scorer:
-        rank, processes = world()
-        encoder, layers = context.encoder(), self.layers(context.facts)
-        indices = range(len(context.test))
-        scorer = Scorer(context.test, indices, context.panels, context.keep_predictions)
-        views = averaged_views(self.view, encoder.multiple, self.scales, self.mirror)
 
-        def logits_of(images: Tensor) -> Tensor:
-            out: Tensor = head(features_of(encoder, images, layers, self.norm, self.precision))
-            return out
+def evaluate_online(
+    context: Context,
+    head: PixelHead,
+    layers: Sequence[int],
+    norm: bool,
+    view: str,
+    scales: Sequence[float],
+    mirror: bool,
+    squeeze: bool,
+    precision: Precision,
+) -> tuple[Scorer, int]:
+    """Score a head on the test split with forwards of its own; see ``score_online``."""
+    encoder = context.encoder()
 
-        advance = context.progress("predict", len(indices))
-        mine = indices[rank::processes]
-        for index, labels in segment(
-            context.test, mine, views, mean_colour(context.facts.mean), logits_of, self.squeeze, counted
-        ):
-            scorer.add(index, checked_labels(context.test, index).astype(np.int16), labels)
-            advance(1)
-        if processes > 1:
-            parts: list[Any] = [None] * processes
-            dist.all_gather_object(parts, scorer.state())
-            scorer.merge(parts)
-        return scorer
+    def logits_of(images: Tensor) -> Tensor:
+        out: Tensor = head(features_of(encoder, images, layers, norm, precision))
+        return out
+
+    return score_online(context, averaged_views(view, encoder.multiple, scales, mirror), logits_of, squeeze)
+
+
+def score_online(
+    context: Context, views: Sequence[View], logits_of: Callable[[Tensor], Tensor], squeeze: bool
+) -> tuple[Scorer, int]:
+    """Predict and score the test split, its images shared by all processes.
+
+    Returns:
+        The scorer, the same in every process, and the windows that this process pushed through the encoder.
+    """
+    rank, processes = world()
+    indices = range(len(context.test))
+    scorer = Scorer(context.test, indices, context.panels, context.keep_predictions)
+    counted = _Count()
+    advance = context.progress("predict", len(indices))
+    fill = mean_colour(context.facts.mean)
+    for index, labels in segment(context.test, indices[rank::processes], views, fill, logits_of, squeeze, counted):
+        scorer.add(index, checked_labels(context.test, index).astype(np.int16), labels)
+        advance(1)
+    if processes > 1:
+        parts: list[Any] = [None] * processes
+        dist.all_gather_object(parts, scorer.state())
+        scorer.merge(parts)
+    return scorer, counted.images
 
 
 class _Count:
