@@ -78,6 +78,17 @@ def migrate(roots: Roots = None) -> None:
     typer.echo(f"{len(changed)} records migrated")
 
 
+@results_app.command("rebuild")
+def rebuild(
+    results: Annotated[Path, typer.Argument(help="Results folder.", show_default=True)] = Path("results"),
+) -> None:
+    """Write the folder's leaderboards/ (CSV, long CSV, Markdown, LaTeX) from its records."""
+    from rice_eval.results.rebuild import rebuild as write
+
+    for path in write(results):
+        typer.echo(str(path))
+
+
 def leaderboard(
     roots: Roots = None,
     format: Annotated[
