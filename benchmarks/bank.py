@@ -81,6 +81,14 @@ def make_data(folder: Path, train: int, val: int, size: int) -> None:
     write_scenes(folder, train, val, size, 0)
 
 
+def scene_options(data: Path) -> dict[str, int]:
+    """The reader's options that a folder of scenes answers to."""
+    from rice_eval.datasets import load_dataset
+
+    train, val = (load_dataset("scenes", split, data) for split in ("train", "val"))
+    return {"n_train": len(train), "n_val": len(val), "size": train.size(0)[0]}
+
+
 def bare(data: Path, size: int) -> Clock:
     """Decode, scale, forward; nothing is kept."""
     import torch
@@ -105,9 +113,8 @@ def evaluation(
 ) -> tuple[Clock, Any]:
     """A whole evaluation, loading and record included."""
     from rice_eval import evaluate
-    from rice_eval.datasets import load_dataset
 
-    counts = {f"n_{split}": len(load_dataset("scenes", split, data)) for split in ("train", "val")}
+    counts = scene_options(data)
     with clock() as spent:
         (result,) = evaluate(
             [encoder],
@@ -295,12 +302,10 @@ def ray_rate(work: Path, data: Path, size: int) -> list[Row]:
 
     from rice_eval.cards import catalogue
     from rice_eval.cluster import RayOptions, execute_on_ray
-    from rice_eval.datasets import load_dataset
     from rice_eval.plan import EncoderRef, TaskRef, make_plan, task_for_dataset
     from rice_eval.run import RunOptions
 
-    counts = {f"n_{split}": len(load_dataset("scenes", split, data)) for split in ("train", "val")}
-    card = task_for_dataset(catalogue(()), "segmentation", "scenes", counts)
+    card = task_for_dataset(catalogue(()), "segmentation", "scenes", scene_options(data))
     plan = make_plan([EncoderRef(ENCODER)], [TaskRef(card, data)], protocol_ids=("gram-lda",), view=f"square={size}")
     rates = {}
     for nodes in (1, 2):
