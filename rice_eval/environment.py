@@ -25,7 +25,6 @@ PACKAGES = (
     "onnx",
     "onnxruntime",
     "pycocotools",
-    "faster-coco-eval",
     "mmsegmentation",
     "mmdet",
     "lmms-eval",
