@@ -20,7 +20,12 @@ from rice_eval.views import View
 
 __all__ = ["EncoderRef", "Job", "Plan", "TaskRef", "make_plan", "parse_encoder", "task_for_dataset"]
 
-DEFAULT_PROTOCOL = {"segmentation": "linear", "detection": "fcos-linear"}
+DEFAULT_PROTOCOL = {
+    "segmentation": "linear",
+    "detection": "fcos-linear",
+    "regions": "region-linear",
+    "ocr": "text-mask",
+}
 DEFAULT_VIEW = "square=448"
 
 
@@ -65,6 +70,12 @@ class Plan:
     def dataset(self, task: TaskRef, split: str) -> Dataset:
         """``split`` is ``"train"`` or ``"test"``."""
         return self.datasets[(task.card.name, split)]
+
+    def part(self, job: Job, split: str) -> Dataset:
+        """What a split of ``Protocol.views`` stands for: the task's dataset, or what the protocol derives from it."""
+        base, _, name = split.partition("/")
+        dataset = self.dataset(job.task, base)
+        return job.protocol.part(name, dataset) if name else dataset
 
 
 def parse_encoder(text: str, weights: Path | None = None) -> EncoderRef:
@@ -186,7 +197,7 @@ def _check_pair(cards: Catalogue, encoder: EncoderRef, task: TaskCard, protocol:
             f"protocol '{protocol.id}' on task '{task.name}' needs a text tower, and encoder '{card.name}' has none",
             "choose an encoder with one (rice-eval list encoders --text)",
         )
-    if not card.public and encoder.weights is None and card.source.none is None:
+    if not card.public and encoder.weights is None:
         raise PlanError(f"the weights of '{card.name}' are not public", "give your own with --weights PATH")
     for views in protocol.views().values():
         for text in views:

@@ -58,7 +58,7 @@ def _rows(kind: str, cards: Catalogue, text: bool, family: str | None) -> list[d
                 "patch": card.patch,
                 "params": f"{card.params / 1e6:.0f}M" if card.params else ("0" if card.params == 0 else ""),
                 "text": "yes" if card.text else "",
-                "weights": "computed" if card.source.none else ("public" if card.public else "not public"),
+                "weights": "not public" if not card.public else ("computed" if card.source.none else "public"),
                 "license": card.license or fam.license or "not stated",
             }
             for fam, card in cards.encoders.values()
