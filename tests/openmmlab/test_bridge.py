@@ -29,13 +29,14 @@ MODEL = {
 
 def test_stock_model_trains_and_predicts():
     pytest.importorskip("mmseg.registry", reason="mmseg is not installed")
+    from mmengine.config import ConfigDict
     from mmengine.structures import PixelData
     from mmseg.registry import MODELS
     from mmseg.structures import SegDataSample
     from mmseg.utils import register_all_modules
 
     register_all_modules(init_default_scope=True)  # as mmengine's Runner does
-    model = MODELS.build(MODEL)
+    model = MODELS.build(ConfigDict(MODEL))
     assert isinstance(model.backbone, EncoderBackbone)
     assert not [p for p in model.backbone.parameters() if p.requires_grad]
     generator = torch.Generator().manual_seed(0)
