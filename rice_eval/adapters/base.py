@@ -25,6 +25,7 @@ __all__ = [
     "EncoderFacts",
     "HasRegionFeatures",
     "LoadRequest",
+    "ProjectsTokens",
     "Tokens",
     "fingerprint_of",
 ]
@@ -207,6 +208,19 @@ class EmbedsPatches(Protocol):
 
     def embed_patches(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """``(B, N, E)`` embeddings of ``(B, 3, H, W)`` images in [0, 1], in raster order, and their grid ``(h, w)``."""
+        ...
+
+
+@runtime_checkable
+class ProjectsTokens(Protocol):
+    """An encoder whose class token reaches the text space by a linear map, which patch tokens can take too."""
+
+    def project_tokens(self, tokens: Tensor) -> Tensor:
+        """``(n, D)`` last-layer tokens after the final norm (or means of such) -> ``(n, E)`` in the text space, not normalised.
+
+        Raises:
+            PlanError: this checkpoint has no such map.
+        """
         ...
 
 

@@ -16,7 +16,7 @@ from rice_eval.adapters.layouts import Layout, count_blocks, load_tensors
 from rice_eval.adapters.preprocessing import mean_and_std
 from rice_eval.adapters.text import Words
 from rice_eval.adapters.tower import Tower, build, core, fill, quiet, shapes_of, transformers_module, unit
-from rice_eval.errors import CheckpointError
+from rice_eval.errors import CheckpointError, PlanError
 
 __all__ = ["DualTower", "Found", "Spec", "check_numbers", "class_of", "load", "settings_of", "square_root"]
 
@@ -274,6 +274,18 @@ class DualTower(Tower):
                 if isinstance(found, Tensor):
                     return unit(found)
             return unit(out)
+
+    def project_tokens(self, tokens: Tensor) -> Tensor:
+        """See ``ProjectsTokens``: CLIP's visual projection. SigLIP pools by attention and has no such map."""
+        projection = getattr(self.full, "visual_projection", None)
+        if projection is None:
+            raise PlanError(
+                f"encoder '{self.name}' has no linear map from tokens to its text space",
+                "give --set how=prompter for an encoder with a region head, or choose a CLIP",
+            )
+        with torch.inference_mode():
+            out: Tensor = projection(tokens.to(self.device, projection.weight.dtype))
+            return out
 
     def embed_text(self, texts: list[str]) -> Tensor:
         """``(len(texts), E)`` embeddings, L2-normalised.

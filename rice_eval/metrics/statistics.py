@@ -48,6 +48,14 @@ METRICS: dict[str, MetricInfo] = {
     "mask_ap50": MetricInfo("mask AP50"),
     "mask_ap75": MetricInfo("mask AP75"),
     "macc": MetricInfo("mAcc"),
+    "macc_crop": MetricInfo("mAcc, cut out"),
+    "accuracy_crop": MetricInfo("accuracy, cut out"),
+    "text_to_region_r1": MetricInfo("text to region R@1"),
+    "text_to_region_r5": MetricInfo("text to region R@5"),
+    "text_to_region_r10": MetricInfo("text to region R@10"),
+    "region_to_text_r1": MetricInfo("region to text R@1"),
+    "region_to_text_r5": MetricInfo("region to text R@5"),
+    "region_to_text_r10": MetricInfo("region to text R@10"),
     "word_accuracy": MetricInfo("word accuracy"),
     "one_minus_ned": MetricInfo("1-NED"),
     "cer": MetricInfo("CER", higher_is_better=False),
@@ -142,7 +150,13 @@ def statistics_from_arrays(kind: str, arrays: Mapping[str, NDArray[np.generic]])
     return _KINDS[kind].from_arrays(arrays)
 
 
-_MODULES = {"iou": "rice_eval.metrics.iou", "ap": "rice_eval.metrics.coco", "text": "rice_eval.metrics.text_statistics"}
+_MODULES = {
+    "iou": "rice_eval.metrics.iou",
+    "ap": "rice_eval.metrics.coco",
+    "ap-masks": "rice_eval.metrics.coco_masks",
+    "text": "rice_eval.metrics.text_statistics",
+    "regions": "rice_eval.metrics.regions",
+}
 """Kinds defined in this package, imported when a file of theirs is read."""
 
 
