@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,9 +54,10 @@ def compare(
 
     if len(runs) < 2:
         raise UsageError("compare takes two runs or more", "e.g. rice-eval compare results-a results-b")
-    found = [_side(run, results or [Path("results")]) for run in runs]
+    found = _distinct([_side(run, results or [Path("results")]) for run in runs])
     tests = Resampling(resamples=resamples, permutations=permutations)
-    shown = [(other, compare_sides(found[0], other, tests, max(movers, 1))) for other in found[1:]]
+    kept = movers if panels is None else sys.maxsize  # pictures are of whichever image has one
+    shown = [(other, compare_sides(found[0], other, tests, kept)) for other in found[1:]]
     pictures = {}
     if panels is not None:
         from rice_eval.report.movers import write_mover_panels
@@ -78,6 +80,19 @@ def compare(
     for paths in pictures.values():
         for path in paths:
             typer.echo(f"panel {path}")
+
+
+def _distinct(found: list[Side]) -> list[Side]:
+    """Sides whose labels say which is which: with the weights' sha256, then with a number, where names are the same."""
+    from dataclasses import replace
+
+    labels = [s.label for s in found]
+    out = [
+        replace(s, label=f"{s.label}@{s.records[0].record.encoder.sha256[:8]}") if labels.count(s.label) > 1 else s
+        for s in found
+    ]
+    labels = [s.label for s in out]
+    return [replace(s, label=f"{s.label} ({k})") if labels.count(s.label) > 1 else s for k, s in enumerate(out, 1)]
 
 
 def _side(spec: str, results: Sequence[Path]) -> Side:
@@ -139,7 +154,7 @@ def _print_comparison(base: str, other: Side, rows: Sequence[Comparison], alpha:
             {
                 "task": row.pair.name,
                 base: f"{_value(row, 'a'):.2f}",
-                other.label if other.label != base else f"{other.label} (2)": f"{_value(row, 'b'):.2f}",
+                other.label: f"{_value(row, 'b'):.2f}",
                 "difference": f"{row.difference:+.2f}",
                 "95 %": "" if t is None else f"[{t.low:+.2f}, {t.high:+.2f}]",
                 "p": "" if row.p_adjusted is None else f"{row.p_adjusted:.3g}",
@@ -156,7 +171,8 @@ def _print_comparison(base: str, other: Side, rows: Sequence[Comparison], alpha:
                     {what: m.name, "baseline": f"{m.a:.2f}", "now": f"{m.b:.2f}", "change": f"{m.difference:+.2f}"}
                     for m in moved
                 ]
-                print_table(lines, f"{row.pair.name}: what moved most")
+                typer.echo(f"{row.pair.name}: {what} that moved most")
+                print_table(lines)
 
 
 def _value(row: Comparison, side: str) -> float:

@@ -41,7 +41,7 @@ def write_mover_panels(comparison: Comparison, folder: Path, labels: tuple[str, 
         words = name if mover is None else f"{name}: {mover.a:.1f} to {mover.b:.1f} ({mover.difference:+.1f})"
         strip = _strip(first[name], second[name], labels, words)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{slug(comparison.pair.name)}-{rank:02d}-{slug(name)}.png"
+        path = folder / f"{slug(labels[1])}-{slug(comparison.pair.name)}-{rank:02d}-{slug(name)}.png"
         strip.save(path)
         written.append(path)
     return written

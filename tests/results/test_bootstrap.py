@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -251,3 +253,12 @@ def test_coverage_of_the_mean_iou() -> None:
         low, high = intervals(drawn, resamples=400, seed=k)["miou"]
         inside += low <= truth <= high
     assert 180 <= inside <= 199  # 190 expected, standard deviation 3.1
+
+
+def test_built_in_kinds_are_found_by_name_without_torch() -> None:
+    code = (
+        "import sys\nfrom rice_eval.metrics import statistics as s\n"
+        "for kind in (*s._MODULES, 'ratio'):\n    kind in s._KINDS or s._import_kind(kind)\n    assert s._KINDS[kind].kind == kind\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
