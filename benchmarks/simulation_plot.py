@@ -24,16 +24,16 @@ def plot(found: dict[str, Any]) -> str:
         return 300 - 260 * (max(share, low) - low) / (1 - low)
 
     out.append(
-        f'<rect x="60" y="{y(0.97, 0.4):.1f}" width="420" height="{y(0.93, 0.4) - y(0.97, 0.4):.1f}" fill="#d5f0da"/>'
+        f'<rect x="60" y="{y(0.97, 0.0):.1f}" width="420" height="{y(0.93, 0.0) - y(0.97, 0.0):.1f}" fill="#d5f0da"/>'
     )
-    for share in (0.4, 0.6, 0.8, 1.0):
-        out.append(f'<text x="54" y="{y(share, 0.4) + 4:.1f}" text-anchor="end">{share:.0%}</text>')
-        out.append(f'<line x1="60" x2="480" y1="{y(share, 0.4):.1f}" y2="{y(share, 0.4):.1f}" stroke="#ddd"/>')
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        out.append(f'<text x="54" y="{y(share, 0.0) + 4:.1f}" text-anchor="end">{share:.0%}</text>')
+        out.append(f'<line x1="60" x2="480" y1="{y(share, 0.0):.1f}" y2="{y(share, 0.0):.1f}" stroke="#ddd"/>')
     step = 420 / len(cover)
     for k, (name, methods) in enumerate(cover.items()):
         for j, (method, values) in enumerate(methods.items()):
             x = 60 + step * k + 12 + j * (step - 24) / len(methods)
-            top = y(values["coverage"], 0.4)
+            top = y(values["coverage"], 0.0)
             width = (step - 24) / len(methods) - 2
             out.append(
                 f'<rect x="{x:.1f}" y="{top:.1f}" width="{width:.1f}" height="{300 - top:.1f}" fill="{_COLOURS[method]}">'
