@@ -13,6 +13,7 @@ from torch import Tensor
 from rice_eval.adapters.base import EncoderFacts, LoadRequest
 from rice_eval.adapters.checkpoints import Checkpoint, TensorInfo, few
 from rice_eval.adapters.layouts import Layout, count_blocks, load_tensors
+from rice_eval.adapters.patch_text import clip_patches, siglip_patches
 from rice_eval.adapters.preprocessing import mean_and_std
 from rice_eval.adapters.text import Words
 from rice_eval.adapters.tower import Tower, build, core, fill, quiet, shapes_of, transformers_module, unit
@@ -286,6 +287,29 @@ class DualTower(Tower):
         with torch.inference_mode():
             out: Tensor = projection(tokens.to(self.device, projection.weight.dtype))
             return out
+
+    def embed_patches(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """See ``EmbedsPatches`` and ``rice_eval.adapters.patch_text``.
+
+        Raises:
+            CheckpointError: the checkpoint has no pooling head or projection.
+            PlanError: an encoder of one block, or sides that the patch does not divide.
+        """
+        last = self.facts.layers
+        projection = getattr(self.full, "visual_projection", None)
+        head = getattr(getattr(self.full, "vision_model", None), "head", None)
+        if projection is None and head is None:
+            raise CheckpointError(
+                f"encoder '{self.name}' has no head that embeds images", "load the whole model's checkpoint"
+            )
+        with torch.inference_mode():
+            if projection is None:
+                found = self.encode(images, (last,), norm=True)
+                return unit(siglip_patches(found.last, head)), found.grids[last]
+            if last < 2:
+                raise PlanError(f"encoder '{self.name}' has a single block", "choose a deeper CLIP")
+            found = self.encode(images, (last - 1,), norm=False)
+            return unit(clip_patches(found.last, self._blocks[-1], self._norm, projection)), found.grids[last - 1]
 
     def embed_text(self, texts: list[str]) -> Tensor:
         """``(len(texts), E)`` embeddings, L2-normalised.
