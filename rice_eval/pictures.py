@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,18 @@ from rice_eval.errors import UsageError
 from rice_eval.metrics.coco import Found, Truth
 from rice_eval.protocols.base import Panel
 from rice_eval.report.panel_files import panels_folder, save_panels
-from rice_eval.report.panels import Boxes, PanelPicture, detection_panel, pca_maps, segmentation_panel
+from rice_eval.report.panels import (
+    SIDE,
+    Boxes,
+    PanelPicture,
+    Polygons,
+    detection_panel,
+    pca_maps,
+    segmentation_panel,
+    text_panel,
+)
 
-__all__ = ["coco_results", "save_pictures", "save_predictions", "token_maps"]
+__all__ = ["coco_results", "save_pictures", "save_predictions", "text_results", "token_maps"]
 
 
 def token_maps(reader: TokenReader, layer: int, indices: Sequence[int]) -> dict[int, NDArray[np.uint8]]:
@@ -46,7 +56,7 @@ def save_pictures(
         maps: from ``token_maps``; empty where tokens were not kept.
         kind: kind of the task.
     """
-    painters = {"segmentation": _segmented, "detection": _detected}
+    painters = {"segmentation": _segmented, "detection": _detected, "ocr": _read}
     if not panels or kind not in painters:
         return
     pictures = [painters[kind](panel, dataset, maps.get(panel.index)) for panel in panels]
@@ -85,6 +95,18 @@ def _detected(panel: Panel, dataset: Dataset, tokens: NDArray[np.uint8] | None) 
     )
 
 
+def _read(panel: Panel, dataset: Dataset, tokens: NDArray[np.uint8] | None) -> PanelPicture:
+    truth, found = panel.truth, panel.prediction
+    assert isinstance(truth, Polygons)
+    assert isinstance(found, Polygons)
+    picture = text_panel(
+        panel.image_id, panel.index, dataset.image(panel.index), truth, found, tokens=tokens, side=3 * SIDE
+    )
+    if any(found.texts) or not truth.texts:
+        return picture
+    return replace(picture, note=f"{len(truth.texts)} true regions, {len(found.texts)} found")
+
+
 def save_predictions(folder: Path, predictions: Mapping[str, Any], dataset: Dataset) -> None:
     """Write every test image's prediction.
 
@@ -97,10 +119,10 @@ def save_predictions(folder: Path, predictions: Mapping[str, Any], dataset: Data
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if predictions and all(isinstance(p, Found) for p in predictions.values()):
-            target = folder / "detections.json"
-            partial = target.with_suffix(".part")
-            partial.write_text(json.dumps(coco_results(predictions, dataset)) + "\n", encoding="utf-8")
-            partial.replace(target)
+            _write_json(folder / "detections.json", coco_results(predictions, dataset))
+            return
+        if predictions and all(isinstance(p, Polygons) for p in predictions.values()):
+            _write_json(folder / "text.json", text_results(predictions))
             return
         for image_id, labels in predictions.items():
             array = np.asarray(labels)
@@ -113,6 +135,20 @@ def save_predictions(folder: Path, predictions: Mapping[str, Any], dataset: Data
         raise UsageError(
             f"--save-predictions {folder}: {error.strerror}", "choose another folder or free some space"
         ) from error
+
+
+def _write_json(target: Path, content: Any) -> None:
+    partial = target.with_suffix(".part")
+    partial.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(target)
+
+
+def text_results(predictions: Mapping[str, Polygons]) -> dict[str, list[dict[str, Any]]]:
+    """Image name -> its regions: ``polygon`` as ``[[x, y], …]`` in pixels, and ``text`` (empty where none was read)."""
+    return {
+        name: [{"polygon": p.round(2).tolist(), "text": t} for p, t in zip(found.polygons, found.texts)]
+        for name, found in predictions.items()
+    }
 
 
 def coco_results(predictions: Mapping[str, Found], dataset: Dataset) -> list[dict[str, Any]]:

@@ -314,7 +314,7 @@ def open_sources(
     for job in jobs:
         layers = loaded.encoder.resolve_layers(job.protocol.layers(loaded.encoder.facts))
         for split, views in job.protocol.views().items():
-            dataset = plan.dataset(job.task, split)
+            dataset = plan.part(job, split)
             for view in views:
                 key = _source_key(dataset, view, loaded.encoder, job)
                 wanted.setdefault(key, (dataset, set()))[1].update(layers)
@@ -351,8 +351,7 @@ def _run_job(job: Job, plan: Plan, loaded: Loaded, store: ResultStore, options: 
     layers = loaded.encoder.resolve_layers(job.protocol.layers(loaded.encoder.facts))
 
     def tokens(split: str, view: str) -> SourceView:
-        dataset = {"train": train, "test": test}[split]
-        key = _source_key(dataset, view, loaded.encoder, job)
+        key = _source_key(plan.part(job, split), view, loaded.encoder, job)
         source = loaded.sources[key]
         if source not in used:
             used.append(source)

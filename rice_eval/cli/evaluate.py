@@ -1,4 +1,4 @@
-"""Commands that evaluate: ``demo``, ``segmentation``, ``detection``, ``regions``, ``run``, ``plan``."""
+"""Commands that evaluate: ``demo``, ``segmentation``, ``detection``, ``regions``, ``ocr``, ``run``, ``plan``."""
 
 from __future__ import annotations
 
@@ -69,6 +69,7 @@ def register(app: typer.Typer) -> None:
     app.command("segmentation")(segmentation)
     app.command("detection")(detection)
     app.command("regions")(regions)
+    app.command("ocr")(ocr)
     app.command("run")(run)
     app.command("plan")(plan)
 
@@ -118,13 +119,14 @@ _SHARED: dict[str, tuple[Any, Any]] = {
 """Parameters of every command that evaluates on one dataset: annotation and default."""
 
 
-def _on_dataset(kind: str, text: str, reader: dict[str, Any]) -> Callable[..., None]:
+def _on_dataset(kind: str, text: str, reader: dict[str, Any], dataset: str = "scenes") -> Callable[..., None]:
     """A command that evaluates encoders on one dataset.
 
     Args:
         kind: kind of task.
         text: its help.
         reader: further flags that are options of the dataset's reader, by the option's name: their annotations.
+        dataset: what is evaluated on where none is given.
     """
 
     def command(**given: Any) -> None:
@@ -148,7 +150,7 @@ def _on_dataset(kind: str, text: str, reader: dict[str, Any]) -> Callable[..., N
             **given,
         )
 
-    flags = {"encoder": (Encoders, inspect.Parameter.empty), "dataset": (DatasetName, "scenes")}
+    flags = {"encoder": (Encoders, inspect.Parameter.empty), "dataset": (DatasetName, dataset)}
     flags |= {name: (annotation, None) for name, annotation in reader.items()}
     flags |= _SHARED
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -173,6 +175,12 @@ _JSON = {
 }
 detection = _on_dataset("detection", "Object detection from frozen tokens.", _JSON)
 regions = _on_dataset("regions", "Recognition and retrieval of given regions.", _JSON)
+ocr = _on_dataset(
+    "ocr",
+    "Finding and reading text from frozen tokens.",
+    {"level": Annotated[str | None, typer.Option(help="funsd: words or entities.")]},
+    "scenes-text",
+)
 
 
 def run(

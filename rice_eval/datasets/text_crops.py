@@ -18,7 +18,7 @@ from rice_eval.datasets.subset import Subset
 from rice_eval.errors import DataError
 from rice_eval.views import resize
 
-__all__ = ["LineGeometry", "TextCrops", "crop_of", "geometry", "line_facts", "rectify"]
+__all__ = ["LineGeometry", "Scale", "TextCrops", "crop_of", "geometry", "line_facts", "rectify"]
 
 FORMAT = 1
 """Version of the cutting; part of the fingerprint."""
@@ -112,7 +112,8 @@ def _bilinear(image: Bytes, points: Points) -> Bytes:
     fx, fy = (x - x0)[..., None], (y - y0)[..., None]
     above = image[y0, x0] * (1 - fx) + image[y0, x1] * fx
     below = image[y1, x0] * (1 - fx) + image[y1, x1] * fx
-    return np.rint(above * (1 - fy) + below * fy).astype(np.uint8)
+    out: Bytes = np.rint(above * (1 - fy) + below * fy).astype(np.uint8)
+    return out
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,11 @@ class TextSums:
         share = np.array([numerators, denominators], dtype=np.float64)
         self.image(image_id)
         self._images[image_id] += share
+        self.groups(numerators, denominators, groups)
+
+    def groups(self, numerators: Sequence[float], denominators: Sequence[float], groups: Sequence[str]) -> None:
+        """Add a share to groups alone."""
+        share = np.array([numerators, denominators], dtype=np.float64)
         for group in groups:
             self._groups.setdefault(group, np.zeros((2, len(self.metrics))))
             self._groups[group] += share

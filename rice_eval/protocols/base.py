@@ -74,8 +74,8 @@ class Outcome:
 class Context:
     """All a protocol may look at.
 
-    ``tokens(split, view)`` gives the lazy source of one split (``"train"`` or ``"test"``) at the protocol's layers: reading
-    it fills the bank in one pass where it is not there yet. ``scratch`` is a folder that outlives a killed run, for what lets
+    ``tokens(split, view)`` gives the lazy source of one split (``"train"`` or ``"test"``, or a part of one that ``views``
+    names) at the protocol's layers: reading it fills the bank in one pass where it is not there yet. ``scratch`` is a folder that outlives a killed run, for what lets
     the next one go on (None: nothing is kept).
     """
 
@@ -135,8 +135,15 @@ class Protocol:
         return (facts.layers,)
 
     def views(self) -> Mapping[str, Sequence[str]]:
-        """Views it reads of each split."""
+        """Views it reads of each split; ``train/NAME`` or ``test/NAME`` is a part that ``part`` makes."""
         return {"train": (self.view,), "test": (self.view,)}
+
+    def part(self, name: str, dataset: Dataset) -> Dataset:
+        """The dataset that this protocol derives from a split under ``name`` (crops of its lines, of its boxes).
+
+        It has a fingerprint of its own, so that the bank keys it and protocols that derive the same share its pass.
+        """
+        raise KeyError(f"protocol '{self.id}' derives nothing named '{name}'")
 
     @abstractmethod
     def run(self, context: Context) -> Outcome:

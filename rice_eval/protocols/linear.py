@@ -16,7 +16,7 @@ from rice_eval.bank.source import TokenReader
 from rice_eval.datasets.base import Annotation
 from rice_eval.errors import DataError
 from rice_eval.metrics.iou import scores
-from rice_eval.probes.linear import HeadGroup, Moments, warmup_cosine
+from rice_eval.probes.linear import HeadGroup, LinearMap, Moments, warmup_cosine
 from rice_eval.probes.targets import SparseTargets, TargetStore, token_areas
 from rice_eval.protocols.base import Context, Head, Outcome, Protocol
 from rice_eval.protocols.segmentation import (
@@ -31,7 +31,18 @@ from rice_eval.protocols.segmentation import (
     layers_of,
 )
 
-__all__ = ["Linear"]
+__all__ = ["Fitted", "Linear", "LinearTrainPass"]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A trained head: what it is, the layer it reads, what was chosen, every head of the sweep, seconds by phase."""
+
+    head: LinearMap
+    layer: int
+    chosen: dict[str, float | int]
+    heads: tuple[Head, ...]
+    seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -86,8 +97,14 @@ class Linear(Protocol):
         """The layers of ``layer_set``."""
         return layers_of(self.layer_set, facts)
 
-    def run(self, context: Context) -> Outcome:
-        """See ``Protocol.run``."""
+    def fit(self, context: Context, classes: int, train_pass: type[LinearTrainPass] | None = None) -> Fitted:
+        """Train the sweep, choose on the held-out part, train the choice on all of train.
+
+        Args:
+            context: see ``Context``; its test split is not read.
+            classes: C.
+            train_pass: what labels the training images; their semantic masks by default.
+        """
         layers = self.layers(context.facts)
         grid = tuple((layer, lr, wd) for layer in layers for lr in self.lrs for wd in self.wds)
         source = context.tokens("train", self.view)
@@ -96,13 +113,13 @@ class Linear(Protocol):
         fit = tuple(indices)
         if len(grid) > 1:
             fit, held = held_out(indices, self.holdout, self.seed)
-        train = _TrainPass(layers, context.facts, held, context.progress("labels", len(indices)))
+        train = (train_pass or LinearTrainPass)(layers, context.facts, held, context.progress("labels", len(indices)))
         source.consume(train)
         if not train.labelled:
             raise DataError(f"dataset '{context.train.name}': no training image has a labelled pixel")
         start = time.perf_counter()
         reader = source.reader()
-        fitter = _Fitter(self, train.stores, reader, len(context.train.classes), context.device)
+        fitter = _Fitter(self, train.stores, reader, classes, context.device)
         heads: tuple[Head, ...] = ()
         best = 0
         if len(grid) > 1:
@@ -117,17 +134,27 @@ class Linear(Protocol):
         moment = train.fit_moments[layer] + train.held_moments[layer] if held else train.fit_moments[layer]
         group = fitter.group(moment, ((lr, wd),))
         fitter.train({layer: group}, indices, context.progress("refit", self.steps))
-        fitted = time.perf_counter()
+        return Fitted(
+            head=group.export(0),
+            layer=layer,
+            chosen=_named(layer, lr, wd),
+            heads=heads or (Head(_named(layer, lr, wd), None),),
+            seconds={"targets": train.seconds, "fit": time.perf_counter() - start},
+        )
+
+    def run(self, context: Context) -> Outcome:
+        """See ``Protocol.run``."""
+        fitted = self.fit(context, len(context.train.classes))
         test = context.tokens("test", self.view)
         scorer = Scorer(context.test, test.indices, context.panels, context.keep_predictions)
-        consumer = HeadTest(group.export(0), layer, scorer, context.progress("predict", len(test.indices)))
+        consumer = HeadTest(fitted.head, fitted.layer, scorer, context.progress("predict", len(test.indices)))
         test.consume(consumer)
         return Outcome(
             statistics=scorer.statistics(),
-            chosen=_named(layer, lr, wd),
-            layers=(layer,),
-            heads=heads or (Head(_named(layer, lr, wd), None),),
-            seconds={"targets": train.seconds, "fit": fitted - start, "predict": consumer.seconds},
+            chosen=fitted.chosen,
+            layers=(fitted.layer,),
+            heads=fitted.heads,
+            seconds={**fitted.seconds, "predict": consumer.seconds},
             panels=tuple(scorer.panels),
             warnings=scorer.warnings(),
             predictions=scorer.predictions,
@@ -141,7 +168,7 @@ def _named(layer: int, lr: float, wd: float) -> dict[str, float | int]:
     return {"layer": layer, "lr": lr, "wd": wd}
 
 
-class _TrainPass(TrainPass):
+class LinearTrainPass(TrainPass):
     """Feature moments of both parts of the split."""
 
     def __init__(

@@ -1,0 +1,419 @@
+"""Protocol ``ctc-linear``: lines of text at one height, frozen tokens pooled over it, one linear map, CTC."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from rice_eval.adapters.base import EncoderFacts
+from rice_eval.bank.source import ImageTokens, TokenReader
+from rice_eval.datasets.base import Annotation, Dataset
+from rice_eval.datasets.text_crops import Scale, TextCrops
+from rice_eval.errors import DataError
+from rice_eval.metrics.text import one_minus_ned
+from rice_eval.probes.ctc import CtcGroup, beam_search, best_path, needed_steps, split_steps
+from rice_eval.probes.linear import LinearMap, Moments, warmup_cosine
+from rice_eval.protocols.base import Context, Head, Outcome, Protocol
+from rice_eval.protocols.ocr_lines import (
+    CHARSETS,
+    POOLS,
+    Charset,
+    LineScorer,
+    columns,
+    crops_of,
+    line_features,
+    remarks,
+)
+from rice_eval.protocols.segmentation import LAYER_SETS, LayerSet, check_choice, held_out, layers_of
+
+__all__ = ["CtcLinear", "LineReader", "check_lines"]
+
+_CACHE_BYTES = 512 << 20  # pooled features kept in memory while heads train; the rest is read from the bank again
+
+
+def check_lines(charset: str, pool: str, scale: str, height: int, margin: float, max_aspect: float) -> None:
+    """ValueError unless the settings of lines hold."""
+    check_choice("charset", charset, (*CHARSETS, "train"))
+    check_choice("pool", pool, POOLS)
+    check_choice("scale", scale, ("fit", "native"))
+    if height < 8 or margin < 0 or max_aspect < 1:
+        raise ValueError("height is at least 8, margin 0 or more, max_aspect 1 or more")
+
+
+@dataclass(frozen=True)
+class LineReader:
+    """A trained reader of lines.
+
+    Attributes:
+        head: ``(T, D)`` features -> ``(T, K * C)`` logits.
+        layer: the layer it reads.
+        steps: K, CTC steps a token.
+        charset: its characters.
+        pool: of ``POOLS``.
+        beam: width of the beam search; 0 for greedy decoding.
+    """
+
+    head: LinearMap
+    layer: int
+    steps: int
+    charset: Charset
+    pool: str
+    beam: int
+
+    def read(self, patches: Tensor, grid: tuple[int, int], count: int) -> str:
+        """The text of a crop from its ``(h * w, D)`` tokens, of which the first ``count`` columns show it."""
+        return self.decode(self.head(line_features(patches, grid, count, self.pool)))
+
+    def decode(self, logits: Tensor) -> str:
+        """The text of ``(T, K * C)`` logits."""
+        rows = split_steps(logits, self.steps)
+        found = beam_search(rows, self.beam) if self.beam else best_path(rows)
+        return self.charset.decode(found)
+
+
+@dataclass(frozen=True)
+class FittedReader:
+    """A reader, every head of the sweep, what was chosen, seconds by phase, and what a reader of the record must know."""
+
+    reader: LineReader
+    heads: tuple[Head, ...]
+    chosen: dict[str, Any]
+    seconds: dict[str, float]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CtcLinear(Protocol):
+    """Reading lines with one linear map.
+
+    Every legible line becomes a crop of one height (``TextCrops``); its tokens are pooled over the height, standardised by the
+    training set's mean and variance, and mapped linearly to CTC's logits, several steps a token where tokens are wide. Heads
+    of all layers, rates and decays train on the same batches; the one with the best 1-NED on the lines of held-out training
+    images is trained again on all; the test split is read once. The bank holds the crops' tokens, so that charsets,
+    decoders and sweeps cost no further pass.
+
+    Attributes:
+        height: of the crops in pixels.
+        scale, margin, max_aspect: see ``TextCrops``.
+        charset: ``digits``, ``alnum`` (small letters), ``alnum-case``, ``ascii``, or ``train`` (what training lines hold).
+            Characters outside are taken out of the training targets, and counted in a warning; test lines keep them.
+        pool: ``mean``, ``max`` or ``stack``.
+        frame: pixels of a crop a CTC step: a token of stride s emits ceil(s / frame) steps.
+        layer_set: ``last``, ``last4``, ``quarters`` or ``all``; each layer gets heads of its own.
+        lrs, wds, betas: the sweep: AdamW's learning rates and weight decays.
+        steps, batch: optimiser steps, lines a step.
+        warmup: share of the steps with a rising rate; then half a cosine to 0.
+        norm_eps: added to variances.
+        beam: width of the beam search without a lexicon; 0 decodes greedily.
+        holdout: share of the training images held out for the choice.
+    """
+
+    id: ClassVar[str] = "ctc-linear"
+    kind: ClassVar[str] = "ocr"
+    needs: ClassVar[frozenset[Annotation]] = frozenset({"text"})
+    metric: ClassVar[str] = "one_minus_ned"
+
+    view: str = "native,pad=patch"
+    height: int = 56
+    scale: str = "fit"
+    margin: float = 0.15
+    max_aspect: float = 32.0
+    charset: str = "ascii"
+    pool: str = "mean"
+    frame: float = 7.0
+    layer_set: LayerSet = "last"
+    lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    wds: tuple[float, ...] = (1e-2,)
+    betas: tuple[float, ...] = (0.9, 0.999)
+    steps: int = 800
+    batch: int = 32
+    warmup: float = 0.1
+    norm_eps: float = 1e-6
+    beam: int = 0
+    holdout: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_choice("layer_set", self.layer_set, LAYER_SETS)
+        check_lines(self.charset, self.pool, self.scale, self.height, self.margin, self.max_aspect)
+        if not self.lrs or not self.wds or len(self.betas) != 2:
+            raise ValueError("lrs and wds need at least one value each, betas exactly two")
+        if min(self.steps, self.batch) < 1 or self.beam < 0 or self.frame <= 0:
+            raise ValueError("steps and batch are at least 1, beam 0 or more, frame above 0")
+        if not 0 <= self.warmup < 1 or not 0 < self.holdout < 1:
+            raise ValueError("warmup is in [0, 1) and holdout in (0, 1)")
+
+    def layers(self, facts: EncoderFacts) -> tuple[int, ...]:
+        """The layers of ``layer_set``."""
+        return layers_of(self.layer_set, facts)
+
+    def views(self) -> Mapping[str, Sequence[str]]:
+        """Crops of both splits; the images themselves go through no encoder."""
+        return {"train/crops": (self.view,), "test/crops": (self.view,)}
+
+    def part(self, name: str, dataset: Dataset) -> TextCrops:
+        """``crops``: every legible line of a split."""
+        if name != "crops":
+            raise KeyError(f"protocol '{self.id}' derives nothing named '{name}'")
+        return crops_of(dataset, self.height, self.scale, self.margin, self.max_aspect)
+
+    @property
+    def part_scale(self) -> Scale:
+        """``scale`` as ``TextCrops`` takes it."""
+        return "native" if self.scale == "native" else "fit"
+
+    def token_steps(self, facts: EncoderFacts, layer: int) -> int:
+        """K: CTC steps a token of this layer emits."""
+        return max(1, int(np.ceil(facts.strides[layer - 1] / self.frame - 1e-9)))
+
+    def fit(self, context: Context) -> FittedReader:
+        """Train the sweep on crops of the training split, choose, and train the choice on all of them."""
+        layers = self.layers(context.facts)
+        crops = self.part("crops", context.train)
+        source = context.tokens("train/crops", self.view)
+        indices = source.indices
+        if not indices:
+            raise DataError(f"dataset '{context.train.name}': no training image has a legible line")
+        texts = {i: crops.text(i)[0].text for i in indices}
+        charset = Charset.of(self.charset, list(texts.values()))
+        targets = {i: charset.encode(text)[0] for i, text in texts.items()}
+        outside = Counter(c for text in texts.values() for c in charset.encode(text)[1])
+        grid = tuple((layer, lr, wd) for layer in layers for lr in self.lrs for wd in self.wds)
+        held: tuple[int, ...] = ()
+        fit: tuple[int, ...] = tuple(indices)
+        if len(grid) > 1:
+            pages = sorted({crops.origin(i)[0] for i in indices})
+            away = set(held_out(pages, self.holdout, self.seed)[1])
+            held = tuple(i for i in indices if crops.origin(i)[0] in away)
+            fit = tuple(i for i in indices if crops.origin(i)[0] not in away)
+        seen = _Sums(crops, layers, frozenset(held), self.pool, context.progress("lines", len(indices)))
+        source.consume(seen)
+        start = time.perf_counter()
+        features = _Features(source.reader(), crops, self.pool, layers)
+        fitter = _Fitter(self, features, targets, charset, context)
+        heads: tuple[Head, ...] = ()
+        best = 0
+        if len(grid) > 1:
+            groups = {layer: fitter.group(layer, seen.fit[layer], self._pairs()) for layer in layers}
+            fitter.train(groups, fit, context.progress("sweep", self.steps))
+            marks = [m for layer in layers for m in fitter.score(layer, groups[layer], held, texts)]
+            heads = tuple(Head(_named(*g), m) for g, m in zip(grid, marks))
+            best = int(np.argmax(marks))
+        layer, lr, wd = grid[best]
+        moments = seen.fit[layer] + seen.held[layer] if held else seen.fit[layer]
+        group = fitter.group(layer, moments, ((lr, wd),))
+        fitter.train({layer: group}, indices, context.progress("refit", self.steps))
+        k = self.token_steps(context.facts, layer)
+        short = sum(needed_steps(targets[i]) > k * seen.columns[layer][i] for i in indices)
+        notes = list(remarks(crops, "train"))
+        if outside:
+            shown = " ".join(repr(c) for c, _ in outside.most_common(8))
+            lines = sum(bool(charset.encode(text)[1]) for text in texts.values())
+            notes.append(
+                f"train: {lines} of {len(texts)} lines have characters outside the charset '{charset.name}', taken out of "
+                f"their targets ({sum(outside.values())} characters: {shown}{' …' if len(outside) > 8 else ''})"
+            )
+        if short:
+            notes.append(f"train: {short} of {len(texts)} lines have more characters than CTC steps and teach nothing")
+        return FittedReader(
+            LineReader(group.export(0), layer, k, charset, self.pool, self.beam),
+            heads or (Head(_named(layer, lr, wd), None),),
+            _named(layer, lr, wd),
+            {"targets": seen.seconds, "fit": time.perf_counter() - start},
+            tuple(notes),
+        )
+
+    def run(self, context: Context) -> Outcome:
+        """See ``Protocol.run``."""
+        fitted = self.fit(context)
+        crops = self.part("crops", context.test)
+        test = context.tokens("test/crops", self.view)
+        scorer = LineScorer(crops, context.panels, context.keep_predictions)
+        consumer = _Read(fitted.reader, crops, scorer, context.progress("read", len(test.indices)))
+        test.consume(consumer)
+        statistics, panels, kept = scorer.finish()
+        return Outcome(
+            statistics=statistics,
+            chosen=fitted.chosen,
+            layers=(fitted.reader.layer,),
+            heads=fitted.heads,
+            seconds={**fitted.seconds, "predict": consumer.seconds},
+            panels=panels,
+            warnings=(*fitted.warnings, *remarks(crops, "test"), *unspellable(crops, fitted.reader.charset)),
+            predictions=kept,
+        )
+
+    def _pairs(self) -> tuple[tuple[float, float], ...]:
+        return tuple((lr, wd) for lr in self.lrs for wd in self.wds)
+
+
+def unspellable(crops: TextCrops, charset: Charset) -> tuple[str, ...]:
+    """Test lines that the charset can't write: they can never be read exactly."""
+    lines = sum(bool(charset.encode(crops.text(i)[0].text)[1]) for i in range(len(crops)))
+    return (
+        (f"test: {lines} of {len(crops)} lines have characters outside the charset '{charset.name}'",) if lines else ()
+    )
+
+
+def _named(layer: int, lr: float, wd: float) -> dict[str, float | int]:
+    return {"layer": layer, "lr": lr, "wd": wd}
+
+
+class _NoLabels:
+    """A consumer's ``annotate`` that needs nothing of the image; workers get none of its state."""
+
+    def annotate(self, dataset: Dataset, index: int, frames: tuple[Any, ...]) -> None:
+        """Nothing."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _Sums(_NoLabels):
+    """Rides on the training pass: moments of the lines' features, of both parts of the split."""
+
+    def __init__(
+        self,
+        crops: TextCrops,
+        layers: Sequence[int],
+        held: frozenset[int],
+        pool: str,
+        advance: Callable[[int], None],
+    ) -> None:
+        self._crops, self._away, self._pool, self._advance = crops, held, pool, advance
+        self._layers = tuple(layers)
+        self._moments: tuple[dict[int, Moments], dict[int, Moments]] = ({}, {})
+        self._widths: dict[int, int] = {}
+        self.columns: dict[int, dict[int, int]] = {layer: {} for layer in layers}
+        self.seconds = 0.0
+
+    def consume(self, tokens: ImageTokens) -> None:
+        """Take in one crop."""
+        start = time.perf_counter()
+        for layer in self._layers:
+            count = columns(tokens.grids[layer][0], tokens.frames[0], self._crops.content_width(tokens.index))
+            x = line_features(tokens.patches[layer][0], tokens.grids[layer][0], count, self._pool)
+            self.columns[layer][tokens.index] = count
+            self._widths[layer] = x.shape[1]
+            self._moments[tokens.index in self._away].setdefault(layer, Moments(x.shape[1])).add(x)
+        self.seconds += time.perf_counter() - start
+        self._advance(1)
+
+    @property
+    def fit(self) -> dict[int, Moments]:
+        """layer -> moments of the lines that heads are fitted on."""
+        return {layer: self._moments[0].get(layer, Moments(width)) for layer, width in self._widths.items()}
+
+    @property
+    def held(self) -> dict[int, Moments]:
+        """layer -> moments of the lines held out."""
+        return {layer: self._moments[1].get(layer, Moments(width)) for layer, width in self._widths.items()}
+
+
+class _Features:
+    """Features of lines by index, the latest of them kept in memory."""
+
+    def __init__(self, reader: TokenReader, crops: TextCrops, pool: str, layers: Sequence[int]) -> None:
+        self._reader, self._crops, self._pool, self._layers = reader, crops, pool, tuple(layers)
+        self._kept: OrderedDict[int, dict[int, Tensor]] = OrderedDict()
+        self._held = 0
+
+    def __getitem__(self, index: int) -> dict[int, Tensor]:
+        """layer -> ``(T, D)``."""
+        if index in self._kept:
+            self._kept.move_to_end(index)
+            return self._kept[index]
+        image = self._reader[index]
+        found = {}
+        for layer in self._layers:
+            count = columns(image.grids[layer][0], image.frames[0], self._crops.content_width(index))
+            found[layer] = line_features(image.patches[layer][0], image.grids[layer][0], count, self._pool)
+        self._kept[index] = found
+        self._held += sum(t.nbytes for t in found.values())
+        while self._held > _CACHE_BYTES:
+            _, old = self._kept.popitem(last=False)
+            self._held -= sum(t.nbytes for t in old.values())
+        return found
+
+
+@dataclass(frozen=True)
+class _Fitter:
+    """Trains groups of heads, one a layer, on the same lines."""
+
+    protocol: CtcLinear
+    features: _Features
+    targets: Mapping[int, list[int]]
+    charset: Charset
+    context: Context
+
+    def group(self, layer: int, moments: Moments, pairs: Sequence[tuple[float, float]]) -> CtcGroup:
+        """A group of heads, one a pair of rate and decay."""
+        p = self.protocol
+        return CtcGroup(
+            moments,
+            self.charset.classes,
+            p.token_steps(self.context.facts, layer),
+            tuple(lr for lr, _ in pairs),
+            tuple(wd for _, wd in pairs),
+            (p.betas[0], p.betas[1]),
+            p.norm_eps,
+            self.context.device,
+        )
+
+    def _order(self, indices: Sequence[int]) -> Iterator[int]:
+        epoch = 0
+        while True:
+            shuffle = np.random.default_rng((self.protocol.seed, epoch)).permutation(len(indices))
+            yield from (indices[k] for k in shuffle)
+            epoch += 1
+
+    def train(self, groups: Mapping[int, CtcGroup], indices: Sequence[int], advance: Callable[[int], None]) -> None:
+        """Train every group for ``steps`` steps on ``indices``."""
+        p = self.protocol
+        order = self._order(indices)
+        warmup = round(p.warmup * p.steps)
+        for step in range(p.steps):
+            batch = [next(order) for _ in range(min(p.batch, len(indices)))]
+            found = [self.features[i] for i in batch]
+            for layer, group in groups.items():
+                group.step(
+                    [f[layer] for f in found],
+                    [self.targets[i] for i in batch],
+                    warmup_cosine(step, p.steps, warmup),
+                )
+            advance(1)
+
+    def score(self, layer: int, group: CtcGroup, held: Sequence[int], texts: Mapping[int, str]) -> list[float]:
+        """Mean 1-NED of every head on the held-out lines, decoded greedily, in percent."""
+        totals = np.zeros(group.heads)
+        for index in held:
+            logits = group.logits(self.features[index][layer])
+            truth = self.charset.fold(texts[index])
+            for head in range(group.heads):
+                totals[head] += one_minus_ned(truth, self.charset.decode(best_path(logits[head])))
+        return [float(100 * t / max(len(held), 1)) for t in totals]
+
+
+class _Read(_NoLabels):
+    """Reads the test split once, riding on its pass."""
+
+    def __init__(
+        self, reader: LineReader, crops: TextCrops, scorer: LineScorer, advance: Callable[[int], None]
+    ) -> None:
+        self._reader, self._crops, self._scorer, self._advance = reader, crops, scorer, advance
+        self.seconds = 0.0
+
+    def consume(self, tokens: ImageTokens) -> None:
+        """Read one crop."""
+        start = time.perf_counter()
+        grid = tokens.grids[self._reader.layer][0]
+        count = columns(grid, tokens.frames[0], self._crops.content_width(tokens.index))
+        patches = tokens.patches[self._reader.layer][0]
+        self._scorer.add(tokens.index, self._reader.read(patches, grid, count))
+        self.seconds += time.perf_counter() - start
+        self._advance(1)

@@ -1,0 +1,216 @@
+"""Reading protocols on a random convolution whose tokens hold all of their pixels."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from segmentation_fakes import FakeSource, no_progress
+
+from rice_eval.adapters.base import Encoder, EncoderFacts, Tokens
+from rice_eval.datasets.base import IGNORE, Dataset, TextLine
+from rice_eval.datasets.scenes_text_set import ScenesText
+from rice_eval.datasets.subset import Subset
+from rice_eval.protocols.base import Context, configure
+from rice_eval.protocols.ocr import CtcLinear
+from rice_eval.protocols.ocr_lines import Charset, group_names
+from rice_eval.protocols.ocr_pages import PageScorer, ReadPage, TextMask, boxes_of, reading_order, text_labels
+from rice_eval.registry import protocols
+
+
+class Strokes(Encoder):
+    """Tokens of 8 x 8 pixels: random non-linear features, enough of them to tell strokes apart."""
+
+    def __init__(self, dim: int = 160) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.kernel = torch.randn(dim, 3, 8, 8, generator=generator) / 12
+        self.shift = torch.randn(dim, 1, 1, generator=generator)
+        self.images_seen = 0
+        self.facts = EncoderFacts(
+            name="strokes", family="fake", arch="fake", params=0, patch=8, resolution=64, layers=1, widths=(dim,),
+            strides=(8,), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25),
+        )  # fmt: skip
+
+    def _encode(self, images: torch.Tensor, layers: tuple[int, ...], norm: bool) -> Tokens:
+        self.images_seen += len(images)
+        out = torch.relu(torch.nn.functional.conv2d((images - 0.5) / 0.25, self.kernel, stride=8) + self.shift)
+        return Tokens({1: out.flatten(2).transpose(1, 2)}, {1: (out.shape[2], out.shape[3])})
+
+    def to(self, device: torch.device) -> Strokes:
+        return self
+
+
+class Lines(Dataset):
+    """The first legible lines of a page set, as one page each is too much for a test."""
+
+    name, split, provides = "lines", "train", frozenset({"text"})
+
+    def __init__(self, base: Dataset, indices: Sequence[int], extra: Sequence[TextLine] = ()) -> None:
+        self.base, self.indices, self.extra = base, tuple(indices), tuple(extra)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.base.fingerprint}/{self.indices}"
+
+    def image_id(self, index: int) -> str:
+        return self.base.image_id(self.indices[index])
+
+    def image(self, index: int) -> Any:
+        return self.base.image(self.indices[index])
+
+    def text(self, index: int) -> tuple[TextLine, ...]:
+        facts = self.base.line_facts(self.indices[index])
+        lines = self.base.text(self.indices[index])
+        return (*(line for line, fact in zip(lines, facts) if fact.height_px >= 16 and not fact.clutter), *self.extra)
+
+
+def context_of(protocol: Any, train: Dataset, test: Dataset, **options: Any) -> Context:
+    encoder = Strokes()
+    made: dict[tuple[str, str], FakeSource] = {}
+
+    def tokens(split: str, view: str) -> FakeSource:
+        if (split, view) not in made:
+            base, _, name = split.partition("/")
+            dataset = {"train": train, "test": test}[base]
+            dataset = protocol.part(name, dataset) if name else dataset
+            resolved = view.replace("pad=patch", "pad=8")
+            made[split, view] = FakeSource(encoder, dataset, resolved, (1,), protocol.norm)
+        return made[split, view]
+
+    return Context(
+        facts=encoder.facts, encoder=lambda: encoder, train=train, test=test, tokens=tokens,
+        device=torch.device("cpu"), progress=no_progress, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pages() -> Lines:
+    return Lines(ScenesText("train", 30, size=256), range(21))
+
+
+def test_a_head_overfits_32_crops(pages: Lines):
+    few = Subset(pages, len(pages))
+    protocol = CtcLinear(
+        lrs=(1e-2,), wds=(0.0,), steps=500, batch=16, pool="stack", charset="train", height=48, frame=3.0
+    )
+    found = protocol.run(context_of(protocol, few, few, panels=2, keep_predictions=True))
+    total = len(protocol.part("crops", few))
+    assert total >= 32
+    point = found.statistics.point()
+    assert point["word_accuracy"] > 95
+    assert point["cer"] < 3
+    assert len(found.statistics) <= len(few)
+    assert len(found.panels) == 2
+    assert set(found.predictions) == {few.image_id(i) for i in range(len(few)) if few.text(i)}
+    assert any(name.startswith("height") for name in found.statistics.per_class()["cer"])
+
+
+def test_charsets_count_what_they_lack(pages: Lines):
+    odd = TextLine(np.array([(5, 5), (40, 5), (40, 20), (5, 20)], float), "Ünïque!")
+    blank = TextLine(np.array([(5, 5), (40, 5), (40, 20), (5, 20)], float), "", ignore=True)
+    train = Lines(pages.base, range(3), (odd, blank))
+    protocol = CtcLinear(lrs=(1e-2,), steps=2, batch=4, charset="alnum")
+    found = protocol.run(context_of(protocol, train, train, panels=0))
+    text = "\n".join(found.warnings)
+    assert "3 of" in text
+    assert "'ü'" in text
+    assert "train: 3 lines are don't-care" in text
+    assert "test: 3 of" in text
+    charset = Charset.of("alnum", [])
+    assert charset.encode("aB-9") == ([11, 12, 10], ["-"])
+    assert charset.decode([11, 12, 10]) == "ab9"
+
+
+def test_sweeps_and_charsets_read_one_pass(pages: Lines):
+    train = Lines(pages.base, range(4))
+    protocol = CtcLinear(lrs=(1e-3, 1e-2), steps=3, batch=4)
+    context = context_of(protocol, train, train, panels=0)
+    found = protocol.run(context)
+    seen = context.encoder().images_seen
+    assert len(found.heads) == 2
+    other = dataclasses.replace(protocol, charset="alnum", beam=4)
+    other.run(dataclasses.replace(context))
+    assert context.encoder().images_seen == seen == 2 * len(protocol.part("crops", train))
+    assert protocol.hash != other.hash
+    assert protocol.part("crops", train) is other.part("crops", train)
+
+
+@pytest.mark.parametrize("name", ["ctc-linear", "text-mask", "read-page"])
+def test_settings_are_checked(name: str):
+    kind = protocols.get(name)
+    protocol = configure(kind, {"view": "square=64"})
+    assert protocol.hash == configure(kind, {"view": "square=64"}).hash
+    assert protocol.hash != configure(kind, {"view": "square=64", "steps": 7}).hash
+    if name != "text-mask":
+        with pytest.raises(Exception, match="charset"):
+            configure(kind, {"view": "square=64", "charset": "klingon"})
+
+
+def test_labels_of_lines():
+    box = np.array([(2, 2), (12, 2), (12, 8), (2, 8)], float)
+    labels = text_labels([TextLine(box, "a"), TextLine(box + 10, "", ignore=True)], (30, 30))
+    assert (labels == 1).sum() == 60
+    assert labels[3, 3] == 1
+    assert labels[2, 2] == 1
+    assert labels[8, 3] == 0
+    assert labels[15, 15] == IGNORE
+    thin = text_labels([TextLine(box, "a")], (30, 30), shrink=0.25)
+    assert (thin == 1).sum() == 30
+    assert (thin == IGNORE).sum() == 30
+
+
+def test_boxes_of_a_map():
+    probability = np.zeros((40, 60), np.float32)
+    probability[5:11, 10:40] = 0.9
+    probability[20:26, 10:30] = 0.7
+    probability[35, 35] = 1
+    polygons, scores = boxes_of(probability, 0.5, 4, 0.0)
+    assert scores == pytest.approx([0.9, 0.7])
+    assert np.allclose(polygons[0], [(10, 5), (40, 5), (40, 11), (10, 11)])
+    grown, _ = boxes_of(probability, 0.5, 4, 0.5)
+    assert np.allclose(grown[0], [(7, 2), (43, 2), (43, 14), (7, 14)])
+
+
+def test_reading_order_and_page_scores():
+    def box(x: float, y: float) -> np.ndarray:
+        return np.array([(x, y), (x + 20, y), (x + 20, y + 8), (x, y + 8)], float)
+
+    assert reading_order([box(50, 1), box(0, 20), box(0, 0), box(30, 22)]) == [2, 0, 1, 3]
+    data = Lines(ScenesText("val", 1, size=128), [0])
+    scorer = PageScorer(data, 1, True)
+    truth = [TextLine(box(0, 0), "Hello"), TextLine(box(50, 1), "big"), TextLine(box(0, 40), "", ignore=True)]
+    scorer.add(0, truth, [box(50, 1), box(0, 1), box(0, 40)], ["bag", "hello", "junk"])
+    statistics, panels = scorer.finish()
+    point = statistics.point()
+    assert point["cer"] == pytest.approx(100 * 2 / len("Hello big"))
+    assert point["wer"] == pytest.approx(100)
+    assert point["spotting"] == pytest.approx(50)
+    assert point["hmean"] == pytest.approx(100)
+    assert len(panels) == 1
+
+
+def test_text_mask_finds_and_read_page_reads(pages: Lines):
+    train, test = Lines(pages.base, range(8)), Lines(pages.base, range(6, 10))
+    mask = TextMask(view="square=256", lrs=(1e-2,), wds=(1e-2,), steps=80, batch=4)
+    found = mask.run(context_of(mask, train, test, panels=2))
+    point = found.statistics.point()
+    assert point["text_iou"] > 5  # half of what is drawn is not labelled
+    assert 0 <= point["hmean"] <= 100
+    assert len(found.panels) == 2
+    page = ReadPage(view="square=256", mask_lrs=(1e-2,), lrs=(1e-2,), mask_steps=40, steps=5, batch=4)
+    context = context_of(page, train, test, panels=1, keep_predictions=True)
+    read = page.run(context)
+    assert set(read.statistics.point()) == {"cer", "wer", "spotting", "hmean", "precision", "recall"}
+    assert read.forwards == sum(len(p.polygons) for p in read.predictions.values())
+
+
+def test_groups_are_in_order():
+    names = ["height 10 px", "height 5 px", "turn <2 deg", "turn 7-15 deg", "height >=48 px", "on photo", "length 1-3"]
+    assert group_names(names)[:3] == ["height 5 px", "height 10 px", "height >=48 px"]
