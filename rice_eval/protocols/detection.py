@@ -47,23 +47,27 @@ Detections = tuple[Tensor, Tensor, Tensor]
 class FrameTargets:
     """Targets of one frame in its pixels: ``boxes (n, 4)``, ``labels (n,)``, and ``ignored (k, 4)`` that teach nothing.
 
-    ``which (n,)`` are the boxes' places among the image's instances.
+    ``which (n,)`` are the boxes' places among the image's instances; ``masks`` their run lengths in the image, where asked for.
     """
 
     boxes: NDArray[np.float32]
     labels: NDArray[np.int64]
     ignored: NDArray[np.float32]
     which: NDArray[np.int64]
+    masks: tuple[Mapping[str, Any], ...] | None = None
 
 
-def frame_targets(dataset: Dataset, index: int, frames: Sequence[Frame], visible: float) -> tuple[FrameTargets, ...]:
+def frame_targets(
+    dataset: Dataset, index: int, frames: Sequence[Frame], visible: float, masks: bool = False
+) -> tuple[FrameTargets, ...]:
     """The boxes of one image in each of its frames, cut at the edge of what the frame shows.
 
     Args:
         visible: least share of a box's area that a frame must show; a box that shows less is ignored there.
+        masks: whether masks are needed.
 
     Raises:
-        DataError: a label outside the classes.
+        DataError: a label outside the classes, or masks that the dataset does not have.
     """
     truth = dataset.instances(index)
     if len(truth.labels) and (truth.labels.min() < 0 or truth.labels.max() >= len(dataset.things)):
@@ -71,6 +75,10 @@ def frame_targets(dataset: Dataset, index: int, frames: Sequence[Frame], visible
             f"dataset '{dataset.name}', image '{dataset.image_id(index)}': a label lies outside the "
             f"{len(dataset.things)} classes",
             "mend the annotations",
+        )
+    if masks and truth.masks is None:
+        raise DataError(
+            f"dataset '{dataset.name}', image '{dataset.image_id(index)}': no masks", "give --set masks=false"
         )
     out = []
     for frame in frames:
@@ -89,6 +97,7 @@ def frame_targets(dataset: Dataset, index: int, frames: Sequence[Frame], visible
                 truth.labels[learnt],
                 cut[some & ~learnt].astype(np.float32),
                 np.flatnonzero(learnt),
+                tuple(truth.masks[k] for k in np.flatnonzero(learnt)) if masks and truth.masks is not None else None,
             )
         )
     return tuple(out)
@@ -129,16 +138,16 @@ def image_truth(dataset: Dataset, index: int) -> Truth:
 class FrameBoxes:
     """A consumer's ``annotate`` for training: ``FrameTargets`` of every frame."""
 
-    def __init__(self, visible: float) -> None:
-        self._visible = visible
+    def __init__(self, visible: float, masks: bool = False) -> None:
+        self._visible, self._masks = visible, masks
 
     def annotate(self, dataset: Dataset, index: int, frames: tuple[Frame, ...]) -> tuple[FrameTargets, ...]:
         """F targets."""
-        return frame_targets(dataset, index, frames, self._visible)
+        return frame_targets(dataset, index, frames, self._visible, self._masks)
 
     def __getstate__(self) -> dict[str, Any]:
         # A decoding worker annotates and nothing else.
-        return {"_visible": self._visible}
+        return {"_visible": self._visible, "_masks": self._masks}
 
 
 class TrainBoxes(FrameBoxes):
@@ -148,7 +157,7 @@ class TrainBoxes(FrameBoxes):
         layers: layers read.
         facts: of the encoder.
         held: images held out.
-        visible: see ``frame_targets``.
+        visible, masks: see ``frame_targets``.
         advance: called with 1 after each image.
     """
 
@@ -159,8 +168,9 @@ class TrainBoxes(FrameBoxes):
         held: Sequence[int],
         visible: float,
         advance: Callable[[int], None],
+        masks: bool = False,
     ) -> None:
-        super().__init__(visible)
+        super().__init__(visible, masks)
         self.fit_moments = {layer: Moments(facts.widths[layer - 1]) for layer in layers}
         self.held_moments = {layer: Moments(facts.widths[layer - 1]) for layer in layers}
         self.targets: dict[int, tuple[FrameTargets, ...]] = {}
@@ -365,7 +375,9 @@ class DetectionProtocol(Protocol):
         """The view, and its mirror image where ``flip_view`` asks for it."""
         return (self.view, f"{self.view},flip") if self.flip_view else (self.view,)
 
-    def gather(self, context: Context, layers: Sequence[int], held: Sequence[int]) -> tuple[TrainSet, list[TrainBoxes]]:
+    def gather(
+        self, context: Context, layers: Sequence[int], held: Sequence[int], masks: bool = False
+    ) -> tuple[TrainSet, list[TrainBoxes]]:
         """Pass over the training split, once a view: targets, moments, and readers of the finished bank.
 
         Raises:
@@ -375,7 +387,7 @@ class DetectionProtocol(Protocol):
         for view in self.train_views:
             source = context.tokens("train", view)
             boxes = TrainBoxes(
-                layers, context.facts, held, self.visible, context.progress("boxes", len(source.indices))
+                layers, context.facts, held, self.visible, context.progress("boxes", len(source.indices)), masks
             )
             source.consume(boxes)
             passes.append(boxes)
