@@ -177,6 +177,8 @@ protocols: Registry[object] = Registry(
         "ctc-linear": "rice_eval.protocols.ocr:CtcLinear",
         "text-mask": "rice_eval.protocols.ocr_pages:TextMask",
         "read-page": "rice_eval.protocols.ocr_pages:ReadPage",
+        "region-tokens": "rice_eval.protocols.ocr_regions:RegionTokens",
+        "zero-shot-words": "rice_eval.protocols.ocr_regions:ZeroShotWords",
         "dinov2-linear": "rice_eval.protocols.online_recipes:Dinov2Linear",
         "dinov2-linear-ms": "rice_eval.protocols.online_recipes:Dinov2LinearMs",
         "dinov3-linear": "rice_eval.protocols.online_recipes:Dinov3Linear",

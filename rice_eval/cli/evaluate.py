@@ -15,7 +15,7 @@ from rice_eval.errors import UsageError
 if TYPE_CHECKING:
     from rice_eval.run import Result
 
-__all__ = ["register"]
+__all__ = ["pairs", "register"]
 
 Encoders = Annotated[
     list[str], typer.Option("--encoder", "-e", help="Encoder: NAME, NAME@WEIGHTS, or ADAPTER:REFERENCE. Repeatable.")
@@ -130,7 +130,7 @@ def _on_dataset(kind: str, text: str, reader: dict[str, Any], dataset: str = "sc
     """
 
     def command(**given: Any) -> None:
-        options = _pairs("--option", given.pop("option"))
+        options = pairs("--option", given.pop("option"))
         flagged = {name: given.pop(name) for name in reader}
         options |= {name: value for name, value in flagged.items() if value is not None}
         _evaluate(
@@ -143,7 +143,7 @@ def _on_dataset(kind: str, text: str, reader: dict[str, Any], dataset: str = "sc
             options=options,
             data=_data(given.pop("data")),
             protocols=given.pop("protocol") or (),
-            settings=_pairs("--set", given.pop("setting")),
+            settings=pairs("--set", given.pop("setting")),
             include=given.pop("include") or (),
             store=not given.pop("no_store"),
             predictions=given.pop("save_predictions"),
@@ -218,7 +218,7 @@ def run(
         data=_data(data),
         protocols=protocol or (),
         view=view,
-        settings=_pairs("--set", setting),
+        settings=pairs("--set", setting),
         include=include or (),
         limit_train=limit_train,
         limit_test=limit_test,
@@ -281,7 +281,7 @@ def plan(
         data=_data(data),
         protocols=protocol or (),
         view=view,
-        settings=_pairs("--set", setting),
+        settings=pairs("--set", setting),
         bank=bank,
         include=include or (),
         limit_train=limit_train,
@@ -299,7 +299,8 @@ def plan(
     print_table(rows)
 
 
-def _pairs(flag: str, items: list[str] | None) -> dict[str, Any]:
+def pairs(flag: str, items: list[str] | None) -> dict[str, Any]:
+    """``NAME=VALUE`` items of a flag as a mapping; UsageError where one is not."""
     out = {}
     for item in items or []:
         name, equals, value = item.partition("=")

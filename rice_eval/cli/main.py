@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import typer
 
 from rice_eval import __version__
-from rice_eval.cli import bank, catalogue, data, encoders, evaluate, report, results
+from rice_eval.cli import bank, catalogue, data, encoders, evaluate, reference, report, results
 from rice_eval.errors import RiceEvalError, one_line
 
 __all__ = ["app", "main"]
@@ -42,6 +42,7 @@ def _root(
 
 
 evaluate.register(app)
+reference.register(app)
 catalogue.register(app)
 results.register(app)
 report.register(app)

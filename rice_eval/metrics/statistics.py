@@ -66,7 +66,7 @@ METRICS: dict[str, MetricInfo] = {
     "recall": MetricInfo("recall"),
     "text_iou": MetricInfo("text IoU"),
     "spotting": MetricInfo("word-spotting F"),
-    "ranking_precision": MetricInfo("AP a region"),
+    "map": MetricInfo("mAP of labels"),
     "recall_at_5": MetricInfo("recall at 5"),
     "recall_at_10": MetricInfo("recall at 10"),
     "accuracy": MetricInfo("accuracy"),
@@ -155,6 +155,7 @@ _MODULES = {
     "ap": "rice_eval.metrics.coco",
     "ap-masks": "rice_eval.metrics.coco_masks",
     "text": "rice_eval.metrics.text_statistics",
+    "multilabel": "rice_eval.metrics.multilabel",
     "regions": "rice_eval.metrics.regions",
 }
 """Kinds defined in this package, imported when a file of theirs is read."""

@@ -127,7 +127,7 @@ class CtcLinear(Protocol):
     charset: str = "ascii"
     pool: str = "mean"
     frame: float = 7.0
-    layer_set: LayerSet = "last"
+    layer_set: LayerSet = "quarters"
     lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     wds: tuple[float, ...] = (1e-2,)
     betas: tuple[float, ...] = (0.9, 0.999)

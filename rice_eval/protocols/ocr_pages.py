@@ -184,6 +184,7 @@ class TextMask(Linear):
     needs: ClassVar[frozenset[Annotation]] = frozenset({"text"})
     metric: ClassVar[str] = "hmean"
 
+    layer_set: LayerSet = "quarters"
     thin: bool = False
     threshold: float = 0.5
     min_tokens: float = 0.5
@@ -423,7 +424,7 @@ class ReadPage(Protocol):
     pool: str = "mean"
     frame: float = 7.0
     beam: int = 0
-    layer_set: LayerSet = "last"
+    layer_set: LayerSet = "quarters"
     thin: bool = True
     threshold: float = 0.5
     min_tokens: float = 0.5

@@ -1,0 +1,213 @@
+"""Rows of OCR systems beside those of encoders: the ceiling that a reader of the numbers knows.
+
+A system finds and reads text by itself, so it has no layer, no probe and no bank; it runs through the same crops, matching
+and statistics as ``ctc-linear`` and ``read-page``, and its rows are kept apart from records: they are never ranked.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rice_eval.cards import TaskCard, catalogue
+from rice_eval.datasets import load_dataset
+from rice_eval.datasets.base import Dataset
+from rice_eval.datasets.subset import Subset
+from rice_eval.errors import MissingExtraError, PlanError
+from rice_eval.metrics.statistics import Statistics
+from rice_eval.pictures import save_pictures
+from rice_eval.protocols.base import Panel
+from rice_eval.protocols.ocr_lines import LineScorer, crops_of, remarks
+from rice_eval.protocols.ocr_pages import PageScorer
+from rice_eval.results.bootstrap import intervals
+
+__all__ = ["RapidOcr", "Reference", "System", "evaluate_reference"]
+
+Picture = NDArray[np.uint8]
+Polygon = NDArray[np.float64]
+
+
+class System(Protocol):
+    """An OCR system."""
+
+    name: str
+
+    def page(self, image: Picture) -> tuple[list[Polygon], list[str]]:
+        """Regions ``(4, 2)`` in pixels and texts of an ``(H, W, 3)`` RGB image."""
+        ...
+
+    def line(self, crop: Picture) -> str:
+        """The text of one line, cut out."""
+        ...
+
+
+class RapidOcr:
+    """PP-OCRv4 (mobile) in ONNX, as the package ``rapidocr-onnxruntime`` brings it; English and Chinese."""
+
+    name = "rapidocr-ppocrv4"
+
+    def __init__(self) -> None:
+        try:
+            from rapidocr_onnxruntime import RapidOCR
+        except ImportError as error:
+            raise MissingExtraError.of("rapidocr-onnxruntime", "ocr-reference", "the reference row") from error
+        self._engine: Any = RapidOCR()
+
+    def page(self, image: Picture) -> tuple[list[Polygon], list[str]]:
+        """See ``System``."""
+        found, _ = self._engine(np.ascontiguousarray(image[..., ::-1]))  # the engine takes BGR
+        rows = found or []
+        return [np.asarray(box, dtype=np.float64) for box, _, _ in rows], [str(text) for _, text, _ in rows]
+
+    def line(self, crop: Picture) -> str:
+        """See ``System``; the crop is not searched for text."""
+        found, _ = self._engine(np.ascontiguousarray(crop[..., ::-1]), use_det=False, use_cls=False, use_rec=True)
+        return str(found[0][0]) if found else ""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference row: the system, task and protocol, metrics with intervals in percent, its groups, its file."""
+
+    system: str
+    task: str
+    protocol: str
+    metrics: dict[str, tuple[float, float | None, float | None]]
+    groups: dict[str, dict[str, float]]
+    path: Path
+
+
+def evaluate_reference(
+    system: System,
+    *,
+    task: str | None = None,
+    dataset: str = "scenes-text",
+    data: Path | None = None,
+    options: dict[str, Any] | None = None,
+    protocols: Sequence[str] = ("ctc-linear", "read-page"),
+    limit_test: int | None = None,
+    results: Path = Path("results"),
+    panels: int = 8,
+    resamples: int = 2000,
+    include: Sequence[Path] = (),
+    progress: Callable[[str, int], Callable[[int], None]] = lambda label, total: lambda n: None,
+) -> list[Reference]:
+    """Score a system on a test split with the scorers of the protocols, and write one JSON a protocol.
+
+    Args:
+        system: what reads.
+        task: a task card's name; or give ``dataset``.
+        dataset, data, options: as for ``rice_eval.evaluate``.
+        protocols: ``ctc-linear`` (lines cut out along their true polygons, 48 px high as the system wants them) and
+            ``read-page`` (whole images: Hmean, word spotting, CER, WER).
+        limit_test: keep only this many test images.
+        results: rows go to its folder ``references``.
+        panels: images to draw for ``read-page``.
+        resamples: of the bootstrap.
+        include: folders with more cards.
+        progress: opens a bar.
+
+    Raises:
+        PlanError: a protocol that the reference can't stand beside.
+    """
+    from rice_eval.plan import task_for_dataset
+
+    card = (
+        catalogue(tuple(include)).task(task)
+        if task
+        else task_for_dataset(catalogue(tuple(include)), "ocr", dataset, options or {})
+    )
+    unknown = [p for p in protocols if p not in ("ctc-linear", "read-page")]
+    if unknown:
+        raise PlanError(
+            f"a reference has no row for protocol '{unknown[0]}'", "it stands beside ctc-linear and read-page"
+        )
+    test = load_dataset(card.dataset, card.test, data, card.options)
+    if limit_test is not None:
+        test = Subset(test, limit_test)
+    rows = []
+    for protocol in protocols:
+        start = time.perf_counter()
+        if protocol == "ctc-linear":
+            statistics, drawn, notes = _lines(system, test, panels, progress)
+        else:
+            statistics, drawn, notes = _pages(system, test, panels, progress)
+        rows.append(
+            _write(
+                system, card, test, protocol, statistics, drawn, notes, results, resamples, time.perf_counter() - start
+            )
+        )
+    return rows
+
+
+def _lines(
+    system: System, test: Dataset, panels: int, progress: Callable[[str, int], Callable[[int], None]]
+) -> tuple[Statistics, tuple[Panel, ...], tuple[str, ...]]:
+    crops = crops_of(test, 48, "fit", 0.15, 32.0)
+    scorer = LineScorer(crops, panels, False)
+    advance = progress("lines", len(crops))
+    for index in range(len(crops)):
+        scorer.add(index, system.line(crops.image(index)[:, : crops.content_width(index)]))
+        advance(1)
+    statistics, drawn, _ = scorer.finish()
+    return statistics, drawn, remarks(crops, "test")
+
+
+def _pages(
+    system: System, test: Dataset, panels: int, progress: Callable[[str, int], Callable[[int], None]]
+) -> tuple[Statistics, tuple[Panel, ...], tuple[str, ...]]:
+    scorer = PageScorer(test, panels, False)
+    advance = progress("pages", len(test))
+    for index in range(len(test)):
+        polygons, texts = system.page(test.image(index))
+        scorer.add(index, test.text(index), polygons, texts)
+        advance(1)
+    statistics, drawn = scorer.finish()
+    return statistics, drawn, ()
+
+
+def _write(
+    system: System,
+    card: TaskCard,
+    test: Dataset,
+    protocol: str,
+    statistics: Statistics,
+    drawn: tuple[Panel, ...],
+    notes: tuple[str, ...],
+    results: Path,
+    resamples: int,
+    seconds: float,
+) -> Reference:
+    bounds = intervals(statistics, resamples=resamples)
+    metrics = {}
+    for name, value in statistics.point().items():
+        low, high = bounds.get(name, (None, None))
+        metrics[name] = (float(value), low, high)
+    groups = statistics.per_class()
+    path = results / "references" / f"{card.name.replace('/', '-')}-{protocol}-{system.name}.json"
+    content = {
+        "reference": True,
+        "system": system.name,
+        "task": card.name,
+        "protocol": protocol,
+        "test_fingerprint": test.fingerprint,
+        "n_test": len(test),
+        "metrics": {name: {"value": v, "low": low, "high": high} for name, (v, low, high) in metrics.items()},
+        "groups": groups,
+        "seconds": round(seconds, 3),
+        "warnings": list(notes),
+        "note": "an OCR system, not an encoder: a ceiling beside the ranking, never in it",
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+    save_pictures(path, drawn, test, {}, "ocr")
+    return Reference(system.name, card.name, protocol, metrics, groups, path)
