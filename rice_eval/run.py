@@ -129,6 +129,10 @@ class Loaded:
     elsewhere: dict[SourceKey, Elsewhere] = field(default_factory=dict)
 
 
+Executor = Callable[[Plan, RunOptions, Reporter], "list[Result]"]
+"""Runs a plan: ``execute``, or one that spreads it over machines."""
+
+
 def evaluate(
     encoders: Sequence[str],
     tasks: Sequence[str] = (),
@@ -146,6 +150,7 @@ def evaluate(
     limit_train: int | None = None,
     limit_test: int | None = None,
     show_progress: bool | None = None,
+    executor: Executor | None = None,
     **run_options: Any,
 ) -> list[Result]:
     """Evaluate encoders on tasks and write a record each.
@@ -165,6 +170,8 @@ def evaluate(
         include: folders with more cards.
         limit_train, limit_test: keep only this many images, spread evenly; the fingerprint changes with it.
         show_progress: bars; by default only on a terminal.
+        executor: what runs the plan: ``execute``, in this process, by default; or
+            ``functools.partial(rice_eval.cluster.execute_on_ray, ray_options=RayOptions(…))``.
         **run_options: fields of ``RunOptions``.
 
     Returns:
@@ -193,7 +200,7 @@ def evaluate(
     except TypeError as error:
         raise UsageError(f"evaluate: {error}", "see rice_eval.run.RunOptions for what a run takes") from error
     with progress(show_progress) as report:
-        return execute(plan, how, report)
+        return (executor or execute)(plan, how, report)
 
 
 def plan_of(

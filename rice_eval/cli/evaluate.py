@@ -61,6 +61,10 @@ Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let code shipped with a checkpoint run on this machine.")
 ]
 Page = Annotated[bool, typer.Option("--report/--no-report", help="Write leaderboards and the HTML page when done.")]
+ExecutorName = Annotated[str, typer.Option("--executor", help="local, or ray: shards and jobs as tasks of a cluster.")]
+Address = Annotated[
+    str | None, typer.Option("--address", help="Ray cluster (auto, HOST:PORT); starts one on this machine by default.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -113,6 +117,8 @@ _SHARED: dict[str, tuple[Any, Any]] = {
     "save_predictions": (Predictions, None),
     "include": (Include, None),
     "trust_remote_code": (Trust, False),
+    "executor": (ExecutorName, "local"),
+    "address": (Address, None),
     "report": (Page, True),
     "as_json": (AsJson, False),
 }
@@ -204,6 +210,8 @@ def run(
     save_predictions: Predictions = None,
     include: Include = None,
     trust_remote_code: Trust = False,
+    executor: ExecutorName = "local",
+    address: Address = None,
     report: Page = True,
     as_json: AsJson = False,
 ) -> None:
@@ -231,19 +239,44 @@ def run(
         on_bad_image=on_bad_image,
         predictions=save_predictions,
         trust_remote_code=trust_remote_code,
+        executor=executor,
+        address=address,
     )
 
 
 def _evaluate(
-    encoders: list[str], weights: Path | None, results: Path, as_json: bool, report: bool, **arguments: Any
+    encoders: list[str],
+    weights: Path | None,
+    results: Path,
+    as_json: bool,
+    report: bool,
+    executor: str,
+    address: str | None,
+    **arguments: Any,
 ) -> None:
+    if executor not in ("local", "ray"):
+        raise UsageError(f"--executor {executor} is not known", "choose local or ray")
+    if address is not None and executor != "ray":
+        raise UsageError("--address names a Ray cluster", "add --executor ray")
+    from functools import partial
+
     from rice_eval.publish import publish
-    from rice_eval.run import evaluate
+    from rice_eval.run import evaluate, execute
+
+    run_plan = execute
+    if executor == "ray":
+        from rice_eval.cluster import RayOptions, execute_on_ray
+
+        run_plan = partial(execute_on_ray, ray_options=RayOptions(address=address))
 
     if weights is not None and len(encoders) != 1:
         raise UsageError("--weights goes with exactly one --encoder", "for several write --encoder NAME@WEIGHTS")
     done = evaluate(
-        encoders, results=results, weights={encoders[0]: weights} if weights is not None else None, **arguments
+        encoders,
+        results=results,
+        weights={encoders[0]: weights} if weights is not None else None,
+        executor=run_plan,
+        **arguments,
     )
     _show(done, as_json)
     if report:
