@@ -177,6 +177,7 @@ protocols: Registry[object] = Registry(
         "ctc-linear": "rice_eval.protocols.ocr:CtcLinear",
         "text-mask": "rice_eval.protocols.ocr_pages:TextMask",
         "read-page": "rice_eval.protocols.ocr_pages:ReadPage",
+        "attn-probe": "rice_eval.protocols.ocr_attention:AttnProbe",
         "region-tokens": "rice_eval.protocols.ocr_regions:RegionTokens",
         "zero-shot-words": "rice_eval.protocols.ocr_regions:ZeroShotWords",
         "dinov2-linear": "rice_eval.protocols.online_recipes:Dinov2Linear",

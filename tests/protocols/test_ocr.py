@@ -17,6 +17,7 @@ from rice_eval.datasets.scenes_text_set import ScenesText
 from rice_eval.datasets.subset import Subset
 from rice_eval.protocols.base import Context, configure
 from rice_eval.protocols.ocr import CtcLinear
+from rice_eval.protocols.ocr_attention import AttnProbe
 from rice_eval.protocols.ocr_lines import Charset, group_names
 from rice_eval.protocols.ocr_pages import PageScorer, ReadPage, TextMask, boxes_of, reading_order, text_labels
 from rice_eval.registry import protocols
@@ -214,3 +215,11 @@ def test_text_mask_finds_and_read_page_reads(pages: Lines):
 def test_groups_are_in_order():
     names = ["height 10 px", "height 5 px", "turn <2 deg", "turn 7-15 deg", "height >=48 px", "on photo", "length 1-3"]
     assert group_names(names)[:3] == ["height 5 px", "height 10 px", "height >=48 px"]
+
+
+def test_attention_learns_what_it_is_shown(pages: Lines):
+    train = Lines(pages.base, range(8))
+    protocol = AttnProbe(lrs=(3e-3,), steps=150, batch=16, length=8, charset="train", width=64, height=48)
+    found = protocol.run(context_of(protocol, train, train, panels=0))
+    assert found.statistics.point()["one_minus_ned"] > 60
+    assert not found.panels
