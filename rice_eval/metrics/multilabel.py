@@ -15,7 +15,7 @@ __all__ = ["MultilabelStatistics", "average_precisions"]
 Floats = NDArray[np.float64]
 
 
-def average_precisions(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
+def average_precisions(scores: NDArray[np.floating], positive: NDArray[np.bool_], weights: Floats) -> Floats:
     """Average precision of one class under each row of weights, as scikit-learn defines it (no interpolation).
 
     Args:

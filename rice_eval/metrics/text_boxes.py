@@ -76,8 +76,8 @@ def match(truth: Sequence[Polygon], ignore: Sequence[bool], found: Sequence[Poly
         if len(near):
             overlap[i, near] = shapely.area(shapely.intersection(shape, np.array(found_shapes, dtype=object)[near]))
     dropped = np.zeros(len(found_shapes), dtype=np.bool_)
-    for i in np.flatnonzero(np.asarray(ignore, dtype=np.bool_)):
-        dropped |= overlap[i] > OVERLAP * np.maximum(areas, 0)
+    for skipped in np.flatnonzero(np.asarray(ignore, dtype=np.bool_)):
+        dropped |= overlap[skipped] > OVERLAP * np.maximum(areas, 0)
     pairs, taken = [], set()
     truths = tuple(i for i, skip in enumerate(ignore) if not skip)
     for i in truths:
