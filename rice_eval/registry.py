@@ -175,7 +175,7 @@ protocols: Registry[object] = Registry(
         "cloc-region": "rice_eval.protocols.regions_text:ClocRegion",
         "region-retrieval": "rice_eval.protocols.regions_text:RegionRetrieval",
         "ctc-linear": "rice_eval.protocols.ocr:CtcLinear",
-        "text-mask": "rice_eval.protocols.ocr_pages:TextMask",
+        "text-mask": "rice_eval.protocols.ocr_mask:TextMask",
         "read-page": "rice_eval.protocols.ocr_pages:ReadPage",
         "attn-probe": "rice_eval.protocols.ocr_attention:AttnProbe",
         "region-tokens": "rice_eval.protocols.ocr_regions:RegionTokens",

@@ -17,64 +17,25 @@ from rice_eval.datasets.base import Annotation, Dataset
 from rice_eval.datasets.text_crops import Scale, TextCrops
 from rice_eval.errors import DataError
 from rice_eval.metrics.text import one_minus_ned
-from rice_eval.probes.ctc import CtcGroup, beam_search, best_path, needed_steps, split_steps
-from rice_eval.probes.linear import LinearMap, Moments, warmup_cosine
+from rice_eval.probes.ctc import CtcGroup, best_path, needed_steps
+from rice_eval.probes.linear import Moments, warmup_cosine
 from rice_eval.protocols.base import Context, Head, Outcome, Protocol
 from rice_eval.protocols.ocr_lines import (
-    CHARSETS,
-    POOLS,
     Charset,
+    LineReader,
     LineScorer,
+    check_lines,
     columns,
     crops_of,
     line_features,
     remarks,
+    unspellable,
 )
 from rice_eval.protocols.segmentation import LAYER_SETS, LayerSet, check_choice, held_out, layers_of
 
-__all__ = ["CtcLinear", "LineReader", "check_lines"]
+__all__ = ["CtcLinear", "FittedReader"]
 
 _CACHE_BYTES = 512 << 20  # pooled features kept in memory while heads train; the rest is read from the bank again
-
-
-def check_lines(charset: str, pool: str, scale: str, height: int, margin: float, max_aspect: float) -> None:
-    """ValueError unless the settings of lines hold."""
-    check_choice("charset", charset, (*CHARSETS, "train"))
-    check_choice("pool", pool, POOLS)
-    check_choice("scale", scale, ("fit", "native"))
-    if height < 8 or margin < 0 or max_aspect < 1:
-        raise ValueError("height is at least 8, margin 0 or more, max_aspect 1 or more")
-
-
-@dataclass(frozen=True)
-class LineReader:
-    """A trained reader of lines.
-
-    Attributes:
-        head: ``(T, D)`` features -> ``(T, K * C)`` logits.
-        layer: the layer it reads.
-        steps: K, CTC steps a token.
-        charset: its characters.
-        pool: of ``POOLS``.
-        beam: width of the beam search; 0 for greedy decoding.
-    """
-
-    head: LinearMap
-    layer: int
-    steps: int
-    charset: Charset
-    pool: str
-    beam: int
-
-    def read(self, patches: Tensor, grid: tuple[int, int], count: int) -> str:
-        """The text of a crop from its ``(h * w, D)`` tokens, of which the first ``count`` columns show it."""
-        return self.decode(self.head(line_features(patches, grid, count, self.pool)))
-
-    def decode(self, logits: Tensor) -> str:
-        """The text of ``(T, K * C)`` logits."""
-        rows = split_steps(logits, self.steps)
-        found = beam_search(rows, self.beam) if self.beam else best_path(rows)
-        return self.charset.decode(found)
 
 
 @dataclass(frozen=True)
@@ -250,14 +211,6 @@ class CtcLinear(Protocol):
 
     def _pairs(self) -> tuple[tuple[float, float], ...]:
         return tuple((lr, wd) for lr in self.lrs for wd in self.wds)
-
-
-def unspellable(crops: TextCrops, charset: Charset) -> tuple[str, ...]:
-    """Test lines that the charset can't write: they can never be read exactly."""
-    lines = sum(bool(charset.encode(crops.text(i)[0].text)[1]) for i in range(len(crops)))
-    return (
-        (f"test: {lines} of {len(crops)} lines have characters outside the charset '{charset.name}'",) if lines else ()
-    )
 
 
 def _named(layer: int, lr: float, wd: float) -> dict[str, float | int]:

@@ -21,8 +21,7 @@ from rice_eval.metrics.text import one_minus_ned
 from rice_eval.probes.linear import Moments, warmup_cosine
 from rice_eval.probes.reading import AttentiveReader
 from rice_eval.protocols.base import Context, Head, Outcome, Protocol
-from rice_eval.protocols.ocr import check_lines, unspellable
-from rice_eval.protocols.ocr_lines import Charset, LineScorer, columns, crops_of, remarks
+from rice_eval.protocols.ocr_lines import Charset, LineScorer, check_lines, columns, crops_of, remarks, unspellable
 from rice_eval.protocols.segmentation import LAYER_SETS, LayerSet, check_choice, held_out, layers_of
 from rice_eval.views import Frame
 

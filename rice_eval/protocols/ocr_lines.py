@@ -17,7 +17,10 @@ from rice_eval.datasets.scenes_text_set import LineFacts
 from rice_eval.datasets.text_crops import TextCrops, geometry, line_facts
 from rice_eval.metrics.text import LINE_METRICS, line_sums
 from rice_eval.metrics.text_statistics import TextStatistics, TextSums
+from rice_eval.probes.ctc import beam_search, best_path, split_steps
+from rice_eval.probes.linear import LinearMap
 from rice_eval.protocols.base import Panel
+from rice_eval.protocols.segmentation import check_choice
 from rice_eval.report.panels import Polygons
 from rice_eval.views import Frame
 
@@ -25,7 +28,10 @@ __all__ = [
     "CHARSETS",
     "POOLS",
     "Charset",
+    "LineReader",
     "LineScorer",
+    "as_batch",
+    "check_lines",
     "columns",
     "crops_of",
     "group_names",
@@ -33,6 +39,7 @@ __all__ = [
     "line_features",
     "remarks",
     "spread",
+    "unspellable",
 ]
 
 _DIGITS = "0123456789"
@@ -248,3 +255,51 @@ def remarks(crops: TextCrops, what: str) -> tuple[str, ...]:
 def as_batch(windows: Sequence[np.ndarray[Any, np.dtype[np.uint8]]], device: torch.device) -> Tensor:
     """``(B, 3, h, w)`` float in [0, 1] from B windows of one size."""
     return torch.from_numpy(np.stack(windows)).to(device).permute(0, 3, 1, 2).float() / 255
+
+
+def check_lines(charset: str, pool: str, scale: str, height: int, margin: float, max_aspect: float) -> None:
+    """ValueError unless the settings of lines hold."""
+    check_choice("charset", charset, (*CHARSETS, "train"))
+    check_choice("pool", pool, POOLS)
+    check_choice("scale", scale, ("fit", "native"))
+    if height < 8 or margin < 0 or max_aspect < 1:
+        raise ValueError("height is at least 8, margin 0 or more, max_aspect 1 or more")
+
+
+@dataclass(frozen=True)
+class LineReader:
+    """A trained reader of lines.
+
+    Attributes:
+        head: ``(T, D)`` features -> ``(T, K * C)`` logits.
+        layer: the layer it reads.
+        steps: K, CTC steps a token.
+        charset: its characters.
+        pool: of ``POOLS``.
+        beam: width of the beam search; 0 for greedy decoding.
+    """
+
+    head: LinearMap
+    layer: int
+    steps: int
+    charset: Charset
+    pool: str
+    beam: int
+
+    def read(self, patches: Tensor, grid: tuple[int, int], count: int) -> str:
+        """The text of a crop from its ``(h * w, D)`` tokens, of which the first ``count`` columns show it."""
+        return self.decode(self.head(line_features(patches, grid, count, self.pool)))
+
+    def decode(self, logits: Tensor) -> str:
+        """The text of ``(T, K * C)`` logits."""
+        rows = split_steps(logits, self.steps)
+        found = beam_search(rows, self.beam) if self.beam else best_path(rows)
+        return self.charset.decode(found)
+
+
+def unspellable(crops: TextCrops, charset: Charset) -> tuple[str, ...]:
+    """Test lines that the charset can't write: they can never be read exactly."""
+    lines = sum(bool(charset.encode(crops.text(i)[0].text)[1]) for i in range(len(crops)))
+    return (
+        (f"test: {lines} of {len(crops)} lines have characters outside the charset '{charset.name}'",) if lines else ()
+    )

@@ -19,7 +19,8 @@ from rice_eval.protocols.base import Context, configure
 from rice_eval.protocols.ocr import CtcLinear
 from rice_eval.protocols.ocr_attention import AttnProbe
 from rice_eval.protocols.ocr_lines import Charset, group_names
-from rice_eval.protocols.ocr_pages import PageScorer, ReadPage, TextMask, boxes_of, reading_order, text_labels
+from rice_eval.protocols.ocr_mask import TextMask, boxes_of, text_labels
+from rice_eval.protocols.ocr_pages import PageScorer, ReadPage, reading_order
 from rice_eval.registry import protocols
 
 

@@ -1,0 +1,313 @@
+"""Protocol ``text-mask``: finding text in whole images from frozen tokens, and boxes from the map."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from rice_eval.bank.source import ImageTokens
+from rice_eval.datasets.base import IGNORE, Annotation, Dataset, TextLine
+from rice_eval.datasets.text_crops import line_facts
+from rice_eval.errors import MissingExtraError
+from rice_eval.metrics.text_boxes import match, smallest_rectangle
+from rice_eval.metrics.text_statistics import TextStatistics, TextSums
+from rice_eval.probes.linear import LinearMap
+from rice_eval.protocols.base import Context, Outcome, Panel
+from rice_eval.protocols.linear import Linear, LinearTrainPass
+from rice_eval.protocols.ocr_lines import group_names, groups_of, spread
+from rice_eval.protocols.segmentation import LayerSet, scaled_logits
+from rice_eval.report.panels import Polygons
+from rice_eval.views import Frame
+
+__all__ = ["Finder", "TextMask", "boxes_of", "text_labels"]
+
+MASK_METRICS = ("hmean", "precision", "recall", "text_iou", "pixel_accuracy")
+
+Labels = NDArray[np.int64]
+Polygon = NDArray[np.float64]
+
+
+def text_labels(lines: Sequence[TextLine], size: tuple[int, int], shrink: float = 0.0) -> Labels:
+    """``(H, W)`` labels: 1 in legible text, ``IGNORE`` in don't-care text, 0 elsewhere; legible text wins.
+
+    Args:
+        lines: of the image.
+        size: ``(H, W)``.
+        shrink: share of a line's height cut off above and below, so that lines close to one another stay apart; what is cut
+            off counts as neither.
+    """
+    codes = np.zeros(size, dtype=np.int64)
+    for line in lines:
+        if line.ignore or shrink:
+            _fill(codes, line.polygon, 2)
+    for line in lines:
+        if not line.ignore:
+            _fill(codes, _thinner(line.polygon, shrink) if shrink else line.polygon, 1)
+    return np.where(codes == 2, IGNORE, codes)
+
+
+def _fill(canvas: Labels, polygon: Polygon, value: int) -> None:
+    """Set the pixels whose centres lie in a polygon (even-odd rule)."""
+    x0, y0 = np.floor(polygon.min(axis=0)).astype(int).clip(0)
+    x1, y1 = np.ceil(polygon.max(axis=0)).astype(int)
+    area = canvas[y0:y1, x0:x1]
+    if not area.size:
+        return
+    x = (np.arange(x0, x0 + area.shape[1]) + 0.5)[None, :]
+    y = (np.arange(y0, y0 + area.shape[0]) + 0.5)[:, None]
+    inside = np.zeros(area.shape, dtype=np.bool_)
+    for (ax, ay), (bx, by) in zip(polygon, np.roll(polygon, -1, axis=0)):
+        if ay != by:
+            inside ^= ((y >= min(ay, by)) & (y < max(ay, by))) & (x < ax + (y - ay) * (bx - ax) / (by - ay))
+    area[inside] = value
+
+
+def _thinner(polygon: Polygon, share: float) -> Polygon:
+    """The polygon with ``share`` of its height cut off above and below."""
+    half = (len(polygon) + 1) // 2
+    top, bottom = polygon[:half], polygon[half:][::-1]
+    if len(top) != len(bottom):
+        return polygon
+    down = (bottom - top) * share
+    return np.concatenate([top + down, (bottom - down)[::-1]])
+
+
+class _MaskPass(LinearTrainPass):
+    """Labels of the training images from their lines; see ``text_labels``."""
+
+    shrink: ClassVar[float] = 0.0
+
+    def annotate(self, dataset: Dataset, index: int, frames: tuple[Frame, ...]) -> tuple[NDArray[np.int16], ...]:
+        """F arrays ``(h, w)``."""
+        labels = text_labels(dataset.text(index), dataset.size(index), self.shrink)
+        return tuple(frame.mask(labels, IGNORE).astype(np.int16) for frame in frames)
+
+
+class _ThinPass(_MaskPass):
+    """The middle half of each line alone is text."""
+
+    shrink: ClassVar[float] = 0.25
+
+
+def boxes_of(
+    probability: NDArray[np.float32], threshold: float, min_area: float, grow: float
+) -> tuple[list[Polygon], list[float]]:
+    """Text regions from a map: connected parts (8 neighbours) above a threshold, each in its smallest rectangle.
+
+    Args:
+        probability: ``(H, W)`` of text, 0 to 1.
+        threshold: a pixel is text above it.
+        min_area: pixels a part has at least.
+        grow: share of a rectangle's short side that is added on every side (undoes labels that were thinned).
+
+    Returns:
+        ``(4, 2)`` polygons in pixels and scores (mean probability of the part), the largest score first.
+    """
+    try:
+        from scipy import ndimage
+    except ImportError as error:
+        raise MissingExtraError.of("scipy", "ocr", "finding connected text") from error
+    labels, count = ndimage.label(probability > threshold, structure=np.ones((3, 3), dtype=np.int64))
+    found: list[tuple[float, Polygon]] = []
+    for number, window in enumerate(ndimage.find_objects(labels, count), start=1):
+        if window is None:
+            continue
+        inside = labels[window] == number
+        if int(inside.sum()) < min_area:
+            continue
+        rows, columns_ = np.nonzero(inside)
+        y, x = rows + window[0].start, columns_ + window[1].start
+        # The corners of the part's outermost pixels: enough for its smallest rectangle.
+        edge = (rows == 0) | (rows == inside.shape[0] - 1) | ~_inner(inside)[rows, columns_]
+        points = np.concatenate([np.stack([x[edge] + dx, y[edge] + dy], 1) for dx in (0, 1) for dy in (0, 1)])
+        rectangle = smallest_rectangle(points.astype(np.float64))
+        if rectangle is not None:
+            score = float(probability[window][inside].mean())
+            found.append((score, _grown(rectangle, grow) if grow else rectangle))
+    found.sort(key=lambda item: -item[0])
+    return [polygon for _, polygon in found], [score for score, _ in found]
+
+
+def _inner(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Pixels whose four neighbours are all in the mask."""
+    wide = np.pad(mask, 1)
+    return wide[:-2, 1:-1] & wide[2:, 1:-1] & wide[1:-1, :-2] & wide[1:-1, 2:]
+
+
+def _grown(rectangle: Polygon, share: float) -> Polygon:
+    across, down = rectangle[1] - rectangle[0], rectangle[3] - rectangle[0]
+    width, height = float(np.linalg.norm(across)), float(np.linalg.norm(down))
+    by = share * min(width, height)
+    right, low = across / max(width, 1e-9) * by, down / max(height, 1e-9) * by
+    out: Polygon = rectangle + np.array([-right - low, right - low, right + low, low - right])
+    return out
+
+
+@dataclass(frozen=True)
+class TextMask(Linear):
+    """Finding text: a linear map of each token to text or not, as ``linear`` trains it, then boxes.
+
+    Labels are pixels inside the lines' polygons; don't-care regions count nowhere. At test the map is upsampled bilinearly
+    to the image; connected parts above the threshold, in their smallest rectangles, are scored by the rule of ICDAR 2015. The
+    pixel IoU of text is that of the map against the polygons.
+
+    Attributes:
+        thin: train on the middle half of each line and widen the boxes by as much again: lines close to one another stay
+            apart where tokens are fine enough. The pixel IoU is then that of the middle halves.
+        threshold: a pixel is text above this probability.
+        min_tokens: smallest part, in tokens.
+    """
+
+    id: ClassVar[str] = "text-mask"
+    kind: ClassVar[str] = "ocr"
+    needs: ClassVar[frozenset[Annotation]] = frozenset({"text"})
+    metric: ClassVar[str] = "hmean"
+
+    layer_set: LayerSet = "quarters"
+    thin: bool = False
+    threshold: float = 0.5
+    min_tokens: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.threshold < 1 or self.min_tokens < 0:
+            raise ValueError("threshold is in (0, 1) and min_tokens 0 or more")
+
+    @property
+    def train_pass(self) -> type[LinearTrainPass]:
+        """What labels the training images."""
+        return _ThinPass if self.thin else _MaskPass
+
+    @property
+    def shrink(self) -> float:
+        """See ``text_labels``."""
+        return 0.25 if self.thin else 0.0
+
+    def boxes(self, probability: NDArray[np.float32], token_area: float) -> tuple[list[Polygon], list[float]]:
+        """Regions of a map; ``token_area`` is that of a token in pixels of the image."""
+        # Thinned to half its height, a line's box regains a quarter of that height, half of its own, on each side.
+        grow = 0.5 if self.thin else 0.0
+        return boxes_of(probability, self.threshold, self.min_tokens * token_area, grow)
+
+    def run(self, context: Context) -> Outcome:
+        """See ``Protocol.run``."""
+        fitted = self.fit(context, 2, self.train_pass)
+        test = context.tokens("test", self.view)
+        scorer = _MaskScorer(self, context)
+        finder = Finder(self, fitted.head, fitted.layer, scorer.add, context.progress("find", len(test.indices)))
+        test.consume(finder)
+        statistics, panels = scorer.finish(test.indices)
+        return Outcome(
+            statistics=statistics,
+            chosen=fitted.chosen,
+            layers=(fitted.layer,),
+            heads=fitted.heads,
+            seconds={**fitted.seconds, "predict": finder.seconds},
+            panels=panels,
+            predictions=scorer.kept,
+        )
+
+
+def probability_map(head: LinearMap, tokens: ImageTokens, layer: int) -> tuple[NDArray[np.float32], float]:
+    """The probability of text of every pixel of the image, and a token's area in its pixels."""
+    logits = []
+    for patches, (h, w) in zip(tokens.patches[layer], tokens.grids[layer]):
+        both: Tensor = head(patches)
+        logits.append((both[:, 1] - both[:, 0]).reshape(1, h, w))
+    frame = tokens.frames[0]
+    scaled = scaled_logits(logits, tokens.frames)
+    grown = F.interpolate(scaled[None], size=frame.image_size, mode="bilinear", align_corners=False)[0, 0]
+    h, w = tokens.grids[layer][0]
+    scale = frame.scale
+    area = frame.size[0] / h * frame.size[1] / w / (scale[0] * scale[1])
+    return torch.sigmoid(grown).cpu().numpy().astype(np.float32), area
+
+
+class Finder:
+    """Rides on the test pass: the probability map and regions of every image, handed on.
+
+    Args:
+        protocol: how regions are found.
+        head, layer: of the text mask.
+        found: called with index, the image's lines, map, regions.
+        advance: called with 1 after each image.
+    """
+
+    def __init__(
+        self,
+        protocol: TextMask,
+        head: LinearMap,
+        layer: int,
+        found: Callable[[int, tuple[TextLine, ...], NDArray[np.float32], list[Polygon]], None],
+        advance: Callable[[int], None],
+    ) -> None:
+        self._protocol, self._head, self._layer, self._found, self._advance = protocol, head, layer, found, advance
+        self.seconds = 0.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A decoding worker annotates and nothing else.
+        return {}
+
+    def annotate(self, dataset: Dataset, index: int, frames: tuple[Frame, ...]) -> tuple[TextLine, ...]:
+        """The lines of the image."""
+        return dataset.text(index)
+
+    def consume(self, tokens: ImageTokens) -> None:
+        """Find the text of one image."""
+        start = time.perf_counter()
+        probability, area = probability_map(self._head, tokens, self._layer)
+        polygons, _ = self._protocol.boxes(probability, area)
+        self._found(tokens.index, tokens.target, probability, polygons)
+        self.seconds += time.perf_counter() - start
+        self._advance(1)
+
+
+class _MaskScorer:
+    def __init__(self, protocol: TextMask, context: Context) -> None:
+        self._protocol, self._data = protocol, context.test
+        self._sums = TextSums(MASK_METRICS)
+        self._names: list[str] = []
+        self._panels: dict[int, Panel] = {}
+        self._wanted = context.panels
+        self.kept: dict[str, Any] | None = {} if context.keep_predictions else None
+
+    def add(
+        self, index: int, lines: tuple[TextLine, ...], probability: NDArray[np.float32], found: list[Polygon]
+    ) -> None:
+        """Score one image."""
+        labels = text_labels(lines, (probability.shape[0], probability.shape[1]), self._protocol.shrink)
+        valid, read = labels != IGNORE, probability > self._protocol.threshold
+        inter = int((read & (labels == 1)).sum())
+        union = int(((read | (labels == 1)) & valid).sum())
+        right = int(((read == (labels == 1)) & valid).sum())
+        result = match([t.polygon for t in lines], [t.ignore for t in lines], found)
+        hits, true, seen = len(result.pairs), len(result.truths), len(result.found)
+        name = self._data.image_id(index)
+        self._sums.add(name, (2 * hits, hits, hits, inter, right), (true + seen, seen, true, union, int(valid.sum())))
+        facts = line_facts(self._data, index)
+        matched = {i for i, _ in result.pairs}
+        for i in result.truths:
+            groups = groups_of(lines[i], facts[i] if facts is not None else None)
+            self._names += groups
+            self._sums.groups((0, 0, float(i in matched), 0, 0), (0, 0, 1, 0, 0), groups)
+        shown = Polygons(tuple(found), ("",) * len(found))
+        truth = [line for line in lines if not line.ignore]
+        if self._wanted:
+            polygons = Polygons(tuple(t.polygon for t in truth), ("",) * len(truth))
+            self._panels[index] = Panel(name, index, polygons, shown)
+        if self.kept is not None:
+            self.kept[name] = shown
+
+    def finish(self, indices: Sequence[int]) -> tuple[TextStatistics, tuple[Panel, ...]]:
+        """Statistics, and panels of images evenly spread."""
+        shown = spread(list(indices), self._wanted)
+        panels = tuple(self._panels[i] for i in sorted(shown) if i in self._panels)
+        return self._sums.statistics(group_names(self._names)), panels
