@@ -139,7 +139,9 @@ def _on_dataset(kind: str, text: str, reader: dict[str, Any], dataset: str = "sc
         options = pairs("--option", given.pop("option"))
         flagged = {name: given.pop(name) for name in reader}
         options |= {name: value for name, value in flagged.items() if value is not None}
-        _evaluate(
+        # A benchmark of a hundred sets: without a set, all of them.
+        suite = kind == "detection" and given["dataset"] == "roboflow100" and "set" not in options
+        (_evaluate_suite if suite else _evaluate)(
             given.pop("encoder"),
             given.pop("weights"),
             given.pop("results"),
@@ -254,21 +256,10 @@ def _evaluate(
     address: str | None,
     **arguments: Any,
 ) -> None:
-    if executor not in ("local", "ray"):
-        raise UsageError(f"--executor {executor} is not known", "choose local or ray")
-    if address is not None and executor != "ray":
-        raise UsageError("--address names a Ray cluster", "add --executor ray")
-    from functools import partial
-
     from rice_eval.publish import publish
-    from rice_eval.run import evaluate, execute
+    from rice_eval.run import evaluate
 
-    run_plan = execute
-    if executor == "ray":
-        from rice_eval.cluster import RayOptions, execute_on_ray
-
-        run_plan = partial(execute_on_ray, ray_options=RayOptions(address=address))
-
+    run_plan = _executor(executor, address)
     if weights is not None and len(encoders) != 1:
         raise UsageError("--weights goes with exactly one --encoder", "for several write --encoder NAME@WEIGHTS")
     done = evaluate(
@@ -284,6 +275,65 @@ def _evaluate(
         if not as_json:
             for label, path in files.items():
                 typer.echo(f"{label}: {path}")
+
+
+def _executor(name: str, address: str | None) -> Any:
+    """How a plan is run: here, or on Ray."""
+    if name not in ("local", "ray"):
+        raise UsageError(f"--executor {name} is not known", "choose local or ray")
+    if address is not None and name != "ray":
+        raise UsageError("--address names a Ray cluster", "add --executor ray")
+    if name == "ray":
+        from functools import partial
+
+        from rice_eval.cluster import RayOptions, execute_on_ray
+
+        return partial(execute_on_ray, ray_options=RayOptions(address=address))
+    from rice_eval.run import execute
+
+    return execute
+
+
+def _evaluate_suite(
+    encoders: list[str],
+    weights: Path | None,
+    results: Path,
+    as_json: bool,
+    report: bool,
+    executor: str,
+    address: str | None,
+    **arguments: Any,
+) -> None:
+    """All sets of Roboflow 100: category means, and the broken sets by name on stderr."""
+    from rice_eval.cli.tables import print_table
+    from rice_eval.publish import publish
+    from rice_eval.suite import run_roboflow100
+
+    if weights is not None and len(encoders) != 1:
+        raise UsageError("--weights goes with exactly one --encoder", "for several write --encoder NAME@WEIGHTS")
+    for name in ("kind", "dataset"):
+        arguments.pop(name)
+    data = arguments.pop("data")
+    if isinstance(data, dict):
+        data = data.get("roboflow100")
+    suite = run_roboflow100(
+        encoders,
+        data=data,
+        said=lambda line: typer.echo(line, err=True),
+        results=results,
+        weights={encoders[0]: weights} if weights is not None else None,
+        executor=_executor(executor, address),
+        **arguments,
+    )
+    path = suite.save(results / "roboflow100.json")
+    if as_json:
+        for row in suite.rows():
+            typer.echo(json.dumps({**row, "broken": sorted(suite.broken), "summary": str(path)}, sort_keys=True))
+    else:
+        print_table([{k: f"{v:.2f}" if isinstance(v, float) else v for k, v in row.items()} for row in suite.rows()])
+        typer.echo(f"{len(suite.broken)} broken sets, {len(suite.absent)} not in the copy; all scores: {path}")
+    if report:
+        publish(results)
 
 
 def plan(
