@@ -87,10 +87,10 @@ class CtcLinear(Protocol):
     max_aspect: float = 32.0
     charset: str = "ascii"
     pool: str = "mean"
-    frame: float = 7.0
+    frame: float = 14.0
     layer_set: LayerSet = "quarters"
     lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
-    wds: tuple[float, ...] = (1e-2,)
+    wds: tuple[float, ...] = (1e-1,)
     betas: tuple[float, ...] = (0.9, 0.999)
     steps: int = 800
     batch: int = 32

@@ -163,7 +163,9 @@ class TextMask(Linear):
         thin: train on the middle half of each line and widen the boxes by as much again: lines close to one another stay
             apart where tokens are fine enough. The pixel IoU is then that of the middle halves.
         threshold: a pixel is text above this probability.
-        min_tokens: smallest part, in tokens.
+        min_tokens: smallest part, in tokens (of averaged ones, where they are averaged).
+        smooth: pixels of what the encoder saw: where tokens are finer (early stages of a CNN), their logits are averaged over
+            as much, so that a line is one part and not its strokes.
     """
 
     id: ClassVar[str] = "text-mask"
@@ -175,11 +177,12 @@ class TextMask(Linear):
     thin: bool = False
     threshold: float = 0.5
     min_tokens: float = 0.5
+    smooth: float = 14.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.threshold < 1 or self.min_tokens < 0:
-            raise ValueError("threshold is in (0, 1) and min_tokens 0 or more")
+        if not 0 < self.threshold < 1 or min(self.min_tokens, self.smooth) < 0:
+            raise ValueError("threshold is in (0, 1), min_tokens and smooth 0 or more")
 
     @property
     def train_pass(self) -> type[LinearTrainPass]:
@@ -216,18 +219,32 @@ class TextMask(Linear):
         )
 
 
-def probability_map(head: LinearMap, tokens: ImageTokens, layer: int) -> tuple[NDArray[np.float32], float]:
-    """The probability of text of every pixel of the image, and a token's area in its pixels."""
+def probability_map(
+    head: LinearMap, tokens: ImageTokens, layer: int, smooth: float
+) -> tuple[NDArray[np.float32], float]:
+    """The probability of text of every pixel of the image, and the area in its pixels that one independent value covers.
+
+    Args:
+        head: ``(N, D)`` tokens -> ``(N, 2)`` logits.
+        tokens: of the image.
+        layer: the layer that the head reads.
+        smooth: pixels of the frame; logits of finer tokens are averaged over as much.
+    """
     logits = []
+    frame = tokens.frames[0]
+    grid = tokens.grids[layer][0]
+    stride = max(frame.size[0] / grid[0], 1.0)
+    reach = max(1, round(smooth / stride)) // 2  # an odd window keeps its middle
     for patches, (h, w) in zip(tokens.patches[layer], tokens.grids[layer]):
         both: Tensor = head(patches)
-        logits.append((both[:, 1] - both[:, 0]).reshape(1, h, w))
-    frame = tokens.frames[0]
+        one = (both[:, 1] - both[:, 0]).reshape(1, 1, h, w)
+        if reach:
+            one = F.avg_pool2d(one, 2 * reach + 1, stride=1, padding=reach, count_include_pad=False)
+        logits.append(one[0])
     scaled = scaled_logits(logits, tokens.frames)
     grown = F.interpolate(scaled[None], size=frame.image_size, mode="bilinear", align_corners=False)[0, 0]
-    h, w = tokens.grids[layer][0]
-    scale = frame.scale
-    area = frame.size[0] / h * frame.size[1] / w / (scale[0] * scale[1])
+    cell = stride * (2 * reach + 1)
+    area = cell * cell / (frame.scale[0] * frame.scale[1])
     return torch.sigmoid(grown).cpu().numpy().astype(np.float32), area
 
 
@@ -263,7 +280,7 @@ class Finder:
     def consume(self, tokens: ImageTokens) -> None:
         """Find the text of one image."""
         start = time.perf_counter()
-        probability, area = probability_map(self._head, tokens, self._layer)
+        probability, area = probability_map(self._head, tokens, self._layer, self._protocol.smooth)
         polygons, _ = self._protocol.boxes(probability, area)
         self._found(tokens.index, tokens.target, probability, polygons)
         self.seconds += time.perf_counter() - start

@@ -127,7 +127,7 @@ class ReadPage(Protocol):
     margin: float = 0.15
     charset: str = "ascii"
     pool: str = "mean"
-    frame: float = 7.0
+    frame: float = 14.0
     beam: int = 0
     layer_set: LayerSet = "quarters"
     thin: bool = True

@@ -12,16 +12,19 @@ import torch
 from segmentation_fakes import FakeSource, no_progress
 
 from rice_eval.adapters.base import Encoder, EncoderFacts, Tokens
+from rice_eval.bank.source import ImageTokens
 from rice_eval.datasets.base import IGNORE, Dataset, TextLine
 from rice_eval.datasets.scenes_text_set import ScenesText
 from rice_eval.datasets.subset import Subset
+from rice_eval.probes.linear import LinearMap
 from rice_eval.protocols.base import Context, configure
 from rice_eval.protocols.ocr import CtcLinear
 from rice_eval.protocols.ocr_attention import AttnProbe
 from rice_eval.protocols.ocr_lines import Charset, group_names
-from rice_eval.protocols.ocr_mask import TextMask, boxes_of, text_labels
+from rice_eval.protocols.ocr_mask import TextMask, boxes_of, probability_map, text_labels
 from rice_eval.protocols.ocr_pages import PageScorer, ReadPage, reading_order
 from rice_eval.registry import protocols
+from rice_eval.views import View
 
 
 class Strokes(Encoder):
@@ -203,7 +206,7 @@ def test_text_mask_finds_and_read_page_reads(pages: Lines):
     mask = TextMask(view="square=256", lrs=(1e-2,), wds=(1e-2,), steps=80, batch=4)
     found = mask.run(context_of(mask, train, test, panels=2))
     point = found.statistics.point()
-    assert point["text_iou"] > 5  # half of what is drawn is not labelled
+    assert point["text_iou"] > 2  # half of what is drawn is not labelled
     assert 0 <= point["hmean"] <= 100
     assert len(found.panels) == 2
     page = ReadPage(view="square=256", mask_lrs=(1e-2,), lrs=(1e-2,), mask_steps=40, steps=5, batch=4)
@@ -224,3 +227,18 @@ def test_attention_learns_what_it_is_shown(pages: Lines):
     found = protocol.run(context_of(protocol, train, train, panels=0))
     assert found.statistics.point()["one_minus_ned"] > 60
     assert not found.panels
+
+
+def test_fine_tokens_are_averaged():
+    """A line that shows as dots of single fine tokens is one region after averaging, several before."""
+    (frame,) = View.parse("native").frames(56, 112)
+    patches = torch.full((28 * 56, 1), -1.0)
+    patches.view(28, 56)[10:14, 8:48:3] = 4.0
+    tokens = ImageTokens(0, (frame,), {1: (patches,)}, {1: ((28, 56),)})
+    head = LinearMap(torch.tensor([[0.0, 1.0]]), torch.zeros(2))
+    fine, area = probability_map(head, tokens, 1, 0.0)
+    assert area == pytest.approx(4)
+    assert len(boxes_of(fine, 0.5, area / 2, 0.0)[0]) > 5
+    smooth, area = probability_map(head, tokens, 1, 6.0)
+    assert area == pytest.approx(36)
+    assert len(boxes_of(smooth, 0.4, area / 2, 0.0)[0]) == 1
