@@ -24,6 +24,7 @@ def preview(
     device: str = "cpu",
     batch_size: int = 16,
     autocast: str | None = None,
+    compile: bool = False,
     **arguments: Any,
 ) -> list[dict[str, Any]]:
     """One row a pass, in the order they would run. No image is decoded or pushed through an encoder.
@@ -32,14 +33,16 @@ def preview(
         encoders, tasks: as for ``rice_eval.evaluate``, whose plan arguments go into ``arguments``.
         bank: the bank that the run would use.
         estimate: measure each encoder on blank frames for some seconds, and say how long its passes take.
-        device, batch_size, autocast: how the run would forward.
+        device, batch_size, autocast, compile: how the run would forward.
 
     Raises:
         RiceEvalError: what the run itself would refuse.
     """
     plan = plan_of(encoders, tasks, **arguments)
     root = bank or default_bank_root()
-    options = RunOptions(results=Path("."), bank=root, device=device, batch_size=batch_size, autocast=autocast)
+    options = RunOptions(
+        results=Path("."), bank=root, device=device, batch_size=batch_size, autocast=autocast, compile=compile
+    )
     rows = []
     for ref, group in groupby(plan.jobs, key=lambda job: job.encoder):
         jobs = list(group)

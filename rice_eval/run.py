@@ -72,6 +72,7 @@ class RunOptions:
         batch_size: images a forward.
         workers: decoding workers; None lets the pass choose.
         autocast: dtype of the forward under autocast (``bf16``, ``fp16``), or None for the weights' own.
+        compile: run the encoder's blocks through ``torch.compile``; said in the record, and part of the bank's key.
         store: whether tokens are kept in the bank.
         on_bad_image: ``stop`` or ``skip``.
         panels: test images drawn for the report.
@@ -86,6 +87,7 @@ class RunOptions:
     batch_size: int = 16
     workers: int | None = None
     autocast: str | None = None
+    compile: bool = False
     store: bool = True
     on_bad_image: str = "stop"
     panels: int = 8
@@ -299,6 +301,8 @@ def load(ref: EncoderRef, plan: Plan, options: RunOptions) -> Loaded:
         include=plan.include,
         trust_remote_code=options.trust_remote_code,
     )
+    if options.compile:
+        encoder.compile()
     return Loaded(encoder, time.perf_counter() - start, {})
 
 
@@ -340,6 +344,7 @@ def open_sources(
             workers=options.workers,
             device=options.device,
             autocast=options.autocast,
+            compiled=options.compile,
             on_bad_image=options.on_bad_image,
             store=options.store,
             progress=report,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +18,7 @@ from rice_eval.cards import EncoderCard, FamilyCard
 from rice_eval.errors import PlanError, UsageError
 
 __all__ = [
+    "COMPILED",
     "Adapter",
     "EmbedsImage",
     "EmbedsPatches",
@@ -31,6 +33,10 @@ __all__ = [
 ]
 
 
+#: The note of an encoder whose blocks were compiled.
+COMPILED = "blocks run through torch.compile"
+
+
 @dataclass(frozen=True)
 class Tokens:
     """What an encoder says of a batch of images.
@@ -40,12 +46,14 @@ class Tokens:
         grids: layer -> ``(h, w)`` with ``N = h * w``; the same for every block of a ViT, one a stage for a CNN.
         cls: ``(B, D)`` class token of the deepest layer asked for, with the same norm; None where there is none.
         registers: ``(B, R, D)`` register tokens of the deepest layer asked for; None where there are none.
+        norm: whether the final norm was asked for; None where whoever made the tokens does not say.
     """
 
     patches: Mapping[int, Tensor]
     grids: Mapping[int, tuple[int, int]]
     cls: Tensor | None = None
     registers: Tensor | None = None
+    norm: bool | None = None
 
     @property
     def last(self) -> Tensor:
@@ -151,18 +159,19 @@ class Encoder(ABC):
         Args:
             images: ``(B, 3, H, W)`` float in [0, 1], RGB; the encoder normalises them itself.
             layers: block numbers from 1, or negative from the last.
-            norm: whether the final norm is applied to every layer's tokens. For an encoder that has none it changes nothing.
+            norm: whether the final norm is applied to every layer's tokens. For an architecture that has none it changes nothing.
 
         Raises:
             UsageError: images of another shape or type.
-            PlanError: a layer that does not exist, or sides that the patch does not divide.
+            PlanError: a layer that does not exist, sides that the patch does not divide, or ``norm`` of a checkpoint that
+                lacks the final norm its architecture has (a RICE tower inside LLaVA-OneVision-1.5).
         """
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise UsageError(
                 f"encode takes float images (B, 3, H, W) in [0, 1], not {images.dtype} {tuple(images.shape)}"
             )
         self.check_size(int(images.shape[-2]), int(images.shape[-1]))
-        return self._encode(images.to(self.device), self.resolve_layers(layers), norm)
+        return replace(self._encode(images.to(self.device), self.resolve_layers(layers), norm), norm=norm)
 
     @abstractmethod
     def _encode(self, images: Tensor, layers: tuple[int, ...], norm: bool) -> Tokens:
@@ -172,12 +181,49 @@ class Encoder(ABC):
     def to(self, device: torch.device) -> Encoder:
         """Move the weights; returns self."""
 
+    def compile(self) -> None:
+        """Run the blocks (a CNN's stages) through ``torch.compile`` from now on, and say so in the facts' notes.
+
+        Tokens may differ in the last digits. Sizes that were not seen before are compiled when they come.
+
+        Raises:
+            PlanError: an encoder that has nothing to compile.
+            UsageError: torch.compile does not work on this machine.
+        """
+        parts = self._compilable()
+        if not parts:
+            raise PlanError(f"encoder '{self.name}' can't be compiled", "leave out --compile")
+        try:
+            torch.compile(torch.neg)(torch.ones(2, device=self.device))
+        except Exception as error:  # no C++ compiler, no Triton, a Python that dynamo does not know: kinds of their own
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
+            raise UsageError(
+                f"--compile: torch.compile does not work here ({type(error).__name__}: {reason})", "leave out --compile"
+            ) from error
+        for part in parts:
+            part.forward = torch.compile(part.forward)
+        self.facts = replace(self.facts, notes=(*self.facts.notes, COMPILED))
+
+    def _compilable(self) -> Sequence[torch.nn.Module]:
+        """The modules whose forwards are compiled one by one; their forward hooks run outside."""
+        return ()
+
+    @contextmanager
+    def _as_written(self) -> Iterator[None]:
+        """Within it nothing runs compiled."""
+        compiled = {part: part.__dict__.pop("forward") for part in self._compilable() if "forward" in part.__dict__}
+        try:
+            yield
+        finally:
+            for part, forward in compiled.items():
+                part.forward = forward
+
     def flops(self, height: int, width: int) -> int | None:
         """Multiply-adds times two of one image's forward, or None where it can't be counted."""
         from torch.utils.flop_counter import FlopCounterMode
 
         try:
-            with FlopCounterMode(display=False) as counter:
+            with self._as_written(), FlopCounterMode(display=False) as counter:
                 self.encode(torch.zeros(1, 3, height, width), layers=(-1,))
         except Exception:  # the counter meets operators it does not know; a missing figure must not end a run
             return None

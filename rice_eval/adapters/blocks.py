@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from rice_eval.adapters.base import Encoder, EncoderFacts, LoadRequest, Tokens, fingerprint_of
-from rice_eval.adapters.checkpoints import TensorInfo, compare, open_checkpoint, strip_wrappers
+from rice_eval.adapters.checkpoints import TensorInfo, compare, open_checkpoint, refuse_nan, strip_wrappers
 from rice_eval.errors import CardError
 
 __all__ = [
@@ -62,6 +62,9 @@ class ModuleEncoder(Encoder):
         x = (images.to(self._mean.dtype) - self._mean) / self._std
         return x.contiguous(memory_format=torch.channels_last) if self._channels_last else x
 
+    def _compilable(self) -> Sequence[nn.Module]:
+        return list(_blocks_of(self.module))
+
 
 class MapEncoder(ModuleEncoder):
     """An encoder whose module gives one map ``(B, D, h, w)`` a stage, in order; stages are the layers, and there is no norm."""
@@ -70,6 +73,15 @@ class MapEncoder(ModuleEncoder):
         maps = self.module(self.normalise(images))
         flat = {layer: flatten_map(maps[layer - 1]) for layer in layers}
         return Tokens({k: tokens for k, (tokens, _) in flat.items()}, {k: grid for k, (_, grid) in flat.items()})
+
+
+def _blocks_of(module: nn.Module) -> Iterator[nn.Module]:
+    """Members of the outermost lists of equal modules: a ViT's blocks, a CNN's stages or the blocks of its stages."""
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.Sequential)) and len(child) > 1 and len({type(m) for m in child}) == 1:
+            yield from child
+        else:
+            yield from _blocks_of(child)
 
 
 _DRAWS = {torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.erfinv_, nn.init.trunc_normal_}
@@ -126,6 +138,7 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -
         {name: tuple(value.shape) for name, value in module.state_dict().items()},
         source,
     )
+    refuse_nan(tensors, source)
     module.load_state_dict(dict(tensors), strict=True)
 
 

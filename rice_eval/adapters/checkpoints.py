@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rice_eval.adapters.formats import (
@@ -35,7 +36,9 @@ __all__ = [
     "few",
     "open_checkpoint",
     "read_json",
+    "refuse_nan",
     "strip_wrappers",
+    "unusable",
 ]
 
 # Prefixes that wrap a whole model: DistributedDataParallel, torch.compile, and the usual names of an averaged copy.
@@ -51,6 +54,8 @@ _WRAPPERS = (
     "encoder.",
     "net.",
 )
+# Types of weights, and of the counters and indices that some models keep beside them.
+_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)
 
 
 @dataclass
@@ -116,7 +121,8 @@ def expand(path: str | Path) -> tuple[Path, str | None]:
     """The one path behind ``--weights`` and the slot named after ``::``, if any.
 
     Args:
-        path: a file, a folder, a glob that matches one of them; ``FILE::KEY`` picks one state dict inside a training file.
+        path: a file, a folder, a glob that matches one of them; ``FILE::KEY`` picks one state dict inside a training
+            file, ``FILE::KEY::KEY`` one that lies deeper.
 
     Raises:
         CheckpointError: nothing there, or a glob with several matches.
@@ -124,7 +130,11 @@ def expand(path: str | Path) -> tuple[Path, str | None]:
     text = str(path)
     text, _, slot = text.partition("::")
     found = Path(text).expanduser()
-    if not found.exists() and any(mark in text for mark in "*?["):
+    try:
+        there = found.exists()
+    except (OSError, ValueError) as error:  # a name that the file system can't hold
+        raise CheckpointError(f"--weights {text[:80]}: can't be a path ({type(error).__name__})", "check it") from error
+    if not there and any(mark in text for mark in "*?["):
         matches = sorted(glob.glob(str(found)))
         if len(matches) != 1:
             names = f"{len(matches)} paths ({few(matches)})" if matches else "nothing"
@@ -163,6 +173,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         owner: dict[str, Path] = {}
         for file in files:
             inside, meta = safetensors_header(file)
+            twice = [name for name in inside if name in tensors]
+            if twice:
+                raise CheckpointError(
+                    f"{file}: holds keys that {owner[twice[0]].name} holds as well ({few(twice)})",
+                    "save it again: which of them counts is not told",
+                )
             tensors.update(inside)
             metadata.update(meta)
             owner.update(dict.fromkeys(inside, file))
@@ -217,6 +233,31 @@ def differences(
     return missing, unexpected, [name for name in want if name in have and have[name].shape != want[name]]
 
 
+def unusable(have: Mapping[str, TensorInfo], want: Collection[str]) -> list[str]:
+    """Wanted names whose type is no weight's (fp8 and 8-bit integers need scales that no encoder here reads), with the type."""
+    return [f"{n} is {str(have[n].dtype)[6:]}" for n in want if n in have and have[n].dtype not in _TYPES]
+
+
+def refuse_nan(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Weights must be finite.
+
+    Raises:
+        CheckpointError: NaN or Inf among them; the first few tensors are named.
+    """
+    # A sum is NaN or Inf if any value is; the few false alarms are looked at again.
+    bad = [
+        name
+        for name, t in tensors.items()
+        if t.is_floating_point()
+        and not torch.isfinite(t.sum(dtype=torch.float32))
+        and not bool(torch.isfinite(t).all())
+    ]
+    if bad:
+        raise CheckpointError(
+            f"{where}: NaN or Inf in {len(bad)} tensors ({few(bad)})", "the training diverged: take an earlier step"
+        )
+
+
 def compare(
     have: Mapping[str, TensorInfo],
     want: Mapping[str, tuple[int, ...]],
@@ -252,5 +293,8 @@ def compare(
             )
         more = f" and {len(shapes) - 3} more" if len(shapes) > 3 else ""
         problems.append(f"{len(shapes)} shapes differ ({'; '.join(told)}{more})")
+    types = unusable(have, want)
+    if types:
+        problems.append(f"{len(types)} tensors are not bf16, fp16 or fp32 ({few(types)})")
     if problems:
         raise CheckpointError(f"{where}: " + ", ".join(problems), fix)

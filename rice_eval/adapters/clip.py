@@ -6,7 +6,7 @@ from typing import Any
 
 from rice_eval.adapters.base import LoadRequest
 from rice_eval.adapters.checkpoints import Checkpoint, few, open_checkpoint, strip_wrappers
-from rice_eval.adapters.dual import DualTower, Found, Spec, load, square_root, text_numbers
+from rice_eval.adapters.dual import DualTower, Found, Spec, check_channels, load, square_root, text_numbers
 from rice_eval.adapters.hub import locate
 from rice_eval.adapters.layouts import Layout, Rule, block_rules, count_blocks, view
 from rice_eval.errors import CheckpointError
@@ -128,6 +128,7 @@ def _found(checkpoint: Checkpoint, layout: Layout, prefix: str, vision_at: str) 
             )
     patch = seen[vision_at + "embeddings.patch_embedding.weight"].shape
     positions = seen[vision_at + "embeddings.position_embedding.weight"].shape[0]
+    check_channels(patch[1], f"{checkpoint.path} (CLIP)")
     fc1 = seen[vision_at + "encoder.layers.0.mlp.fc1.weight"].shape
     numbers = {
         "hidden_size": patch[0],

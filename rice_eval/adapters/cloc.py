@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rice_eval.adapters.base import Encoder, EncoderFacts, LoadRequest, Tokens, fingerprint_of
-from rice_eval.adapters.checkpoints import Checkpoint, compare, few, open_checkpoint, strip_wrappers
+from rice_eval.adapters.checkpoints import Checkpoint, compare, few, open_checkpoint, refuse_nan, strip_wrappers
 from rice_eval.adapters.cloc_model import ClocConfig, ClocModel
 from rice_eval.adapters.hub import locate
 from rice_eval.adapters.layouts import count_blocks
@@ -195,7 +195,9 @@ def _build(checkpoint: Checkpoint, config: ClocConfig) -> ClocModel:
         f"{checkpoint.path} (CLOC)",
         fix="see docs/encoders.md for the layout's names and shapes",
     )
-    fill(model, checkpoint.read(list(want)))
+    tensors = checkpoint.read(list(want))
+    refuse_nan(tensors, f"{checkpoint.path} (CLOC)")
+    fill(model, tensors)
     return model.eval()
 
 
@@ -246,6 +248,9 @@ class ClocEncoder(Encoder):
         self._mean, self._std = self._mean.to(device), self._std.to(device)
         self.device = device
         return self
+
+    def _compilable(self) -> Sequence[torch.nn.Module]:
+        return list(self._model.image.blocks)
 
     def _encode(self, images: Tensor, layers: tuple[int, ...], norm: bool) -> Tokens:
         found = self._model.image.tokens((images - self._mean) / self._std, layers)
@@ -298,7 +303,7 @@ class ClocEncoder(Encoder):
 
         Raises:
             UsageError: another number of images, or boxes that are not in 0 to 1.
-            PlanError: tokens without the last layer.
+            PlanError: tokens without the last layer, or without the final norm.
         """
         image = self._last(tokens, len(boxes))
         out = []
@@ -349,6 +354,10 @@ class ClocEncoder(Encoder):
             raise PlanError(
                 f"encoder '{self.name}': the Prompter reads layer {self.facts.layers}, tokens hold {sorted(tokens.patches)}",
                 "encode with layers=(-1,)",
+            )
+        if tokens.norm is False:
+            raise PlanError(
+                f"encoder '{self.name}': the Prompter reads tokens after the final norm", "encode with norm=True"
             )
         image = tokens.patches[self.facts.layers].to(self.device, torch.float32)
         if len(image) != count:

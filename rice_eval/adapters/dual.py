@@ -19,7 +19,17 @@ from rice_eval.adapters.text import Words
 from rice_eval.adapters.tower import Tower, build, core, fill, quiet, shapes_of, transformers_module, unit
 from rice_eval.errors import CheckpointError, PlanError
 
-__all__ = ["DualTower", "Found", "Spec", "check_numbers", "class_of", "load", "settings_of", "square_root"]
+__all__ = [
+    "DualTower",
+    "Found",
+    "Spec",
+    "check_channels",
+    "check_numbers",
+    "class_of",
+    "load",
+    "settings_of",
+    "square_root",
+]
 
 CONTAINERS = ("visual.", "vision_tower.")
 TEXTS_AT_ONCE = 256
@@ -82,6 +92,16 @@ def square_root(count: int, what: str) -> int:
             f"{what}: {count} positions are no square grid", "the file is damaged or of another family"
         )
     return side
+
+
+def check_channels(channels: int, where: str) -> None:
+    """Images have three.
+
+    Raises:
+        CheckpointError: the patch embedding takes another number.
+    """
+    if channels != 3:
+        raise CheckpointError(f"{where}: the patch embedding takes {channels} channels", "only RGB towers can be run")
 
 
 def text_numbers(seen: Mapping[str, TensorInfo]) -> dict[str, int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
 import struct
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rice_eval.adapters.torchscript import is_torchscript, read_torchscript
 from rice_eval.errors import CheckpointError
 
 __all__ = [
@@ -28,11 +30,13 @@ __all__ = [
     "weights_in",
 ]
 
-_PICKLES = (".pt", ".pth", ".bin")
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+_LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 _PARTIAL = (".incomplete", ".part", ".partial", ".crdownload", ".aria2", ".tmp", ".download")
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
 }  # fmt: skip
 # Keys under which training scripts keep a state dict, in no order: two of them in one file are a question for the user.
 _SLOTS = ("state_dict", "model", "module", "model_state_dict", "model_state", "net", "weights", "student", "teacher")
@@ -92,7 +96,7 @@ def weights_in(folder: Path) -> Path:
     if partial:
         raise CheckpointError(f"{folder}: holds only a partial download ({few(partial)})", "finish the download")
     raise CheckpointError(
-        f"{folder}: holds no .safetensors, .pt, .pth or .bin file", "point --weights at the checkpoint"
+        f"{folder}: holds no .safetensors, .pt, .pth, .bin or .ckpt file", "point --weights at the checkpoint"
     )
 
 
@@ -144,16 +148,28 @@ def safetensors_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str
     try:
         with file.open("rb") as handle:
             (length,) = struct.unpack("<Q", handle.read(8))
+            if length > _LONGEST_HEADER:
+                raise CheckpointError(f"{file}: not a safetensors file", "name it after the format it is in")
             if length > size - 8:
                 raise CheckpointError(
                     f"{file}: truncated, its header of {length} bytes does not fit {size} bytes", "download it again"
                 )
             header = json.loads(handle.read(length))
         metadata = header.pop("__metadata__", {})
+        odd = sorted({str(entry["dtype"]) for entry in header.values()} - set(_DTYPES))
+        if odd:
+            raise CheckpointError(
+                f"{file}: holds tensors of type {few(odd)}, which are no weights to run",
+                "save it in bf16, fp16 or fp32",
+            )
         tensors = {
             name: TensorInfo(tuple(int(n) for n in entry["shape"]), _DTYPES[entry["dtype"]])
             for name, entry in header.items()
         }
+        for name, info in tensors.items():
+            begin, stop = header[name]["data_offsets"]
+            if min(info.shape, default=0) < 0 or stop - begin != math.prod(info.shape) * info.dtype.itemsize:
+                raise ValueError(f"{name} is {list(info.shape)} in {stop - begin} bytes")
         end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(
@@ -171,11 +187,11 @@ def read_pickle(file: Path, slot: str | None) -> dict[str, Tensor]:
     archive = zipfile.is_zipfile(file)
     if archive:
         with zipfile.ZipFile(file) as handle:
-            if any(name.endswith("/constants.pkl") for name in handle.namelist()):
-                raise CheckpointError(
-                    f"{file}: a TorchScript archive, which is code",
-                    "save its state dict where you trust it: torch.save(torch.jit.load(FILE).state_dict(), OUT)",
-                )
+            scripted = is_torchscript(handle)
+        if scripted:
+            if slot is not None:
+                raise CheckpointError(f"{file}: a TorchScript archive has no '{slot}' inside", "leave out ::KEY")
+            return read_torchscript(file)
     try:
         data = torch.load(file, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
@@ -192,7 +208,14 @@ def read_pickle(file: Path, slot: str | None) -> dict[str, Tensor]:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise CheckpointError(f"{file}: truncated or damaged ({reason})", "download or save it again") from error
-    return _state_dict(data, file, slot)
+    state = _state_dict(data, file, slot)
+    odd = [name for name, t in state.items() if t.layout is not torch.strided or t.is_quantized or t.is_meta]
+    if odd:
+        raise CheckpointError(
+            f"{file}: {len(odd)} tensors are sparse, quantised or without data ({few(odd)})",
+            "save plain tensors, best as .safetensors",
+        )
+    return state
 
 
 def _is_state_dict(value: object) -> bool:
@@ -205,9 +228,13 @@ def _is_state_dict(value: object) -> bool:
 
 def _state_dict(data: object, file: Path, slot: str | None) -> dict[str, Tensor]:
     if slot is not None:
-        inner = data.get(slot) if isinstance(data, Mapping) else None
+        inner: object = data
+        for key in slot.split("::"):
+            data, inner = inner, inner.get(key) if isinstance(inner, Mapping) else None
         if inner is None or not _is_state_dict(inner):
             known = few(list(map(str, data)), 6) if isinstance(data, Mapping) else "no slots"
+            if isinstance(inner, Mapping):
+                known = f"{few(list(map(str, inner)), 6)}; go deeper with ::, or save a plain state dict"
             raise CheckpointError(f"{file}: holds no state dict under '{slot}'", f"it holds {known}")
         return dict(inner)
     if not isinstance(data, Mapping):
@@ -225,6 +252,9 @@ def _state_dict(data: object, file: Path, slot: str | None) -> dict[str, Tensor]
     flat = {str(k): v for k, v in data.items() if isinstance(v, Tensor)}
     others = [str(k) for k, v in data.items() if isinstance(v, Mapping) and _is_state_dict(v)]
     if not flat:
+        nested = [str(k) for k, v in data.items() if isinstance(v, Mapping) and v]
         hint = f"choose one: --weights {file.name}::{others[0]}" if others else "save the model's state_dict()"
+        if nested and not others:
+            hint = f"name the way to it, --weights {file.name}::{nested[0]}::KEY, or save the model's state_dict()"
         raise CheckpointError(f"{file}: holds no tensors at its top ({few(list(map(str, data)), 4) or 'empty'})", hint)
     return flat

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from rice_eval.adapters import clip, dual, rice, siglip
-from rice_eval.adapters.checkpoints import Checkpoint, TensorInfo, differences, few, open_checkpoint, strip_wrappers
+from rice_eval.adapters.checkpoints import (
+    Checkpoint,
+    TensorInfo,
+    differences,
+    few,
+    open_checkpoint,
+    strip_wrappers,
+    unusable,
+)
 from rice_eval.adapters.conversion import request_with
 from rice_eval.adapters.layouts import count_blocks, wanted
 from rice_eval.adapters.tower import build, core, quiet, shapes_of, transformers_module
@@ -95,6 +103,11 @@ def _count(names: Mapping[str, TensorInfo], prefix: str, drop: Collection[str] =
     return sum(prod(i.shape) for n, i in names.items() if n.startswith(prefix) and n not in drop)
 
 
+def _types(have: Mapping[str, TensorInfo], want: Collection[str]) -> list[str]:
+    odd = unusable(have, want)
+    return [f"{len(odd)} tensors are not bf16, fp16 or fp32 ({few(odd)})"] if odd else []
+
+
 def _rice(checkpoint: Checkpoint, bare: Checkpoint, common: Mapping[str, Any]) -> Inspection | None:
     found = rice.find(bare)
     if found is None:
@@ -108,7 +121,9 @@ def _rice(checkpoint: Checkpoint, bare: Checkpoint, common: Mapping[str, Any]) -
     have = {n: i for n, i in bare.tensors.items() if n.startswith(found.prefix)}
     ignore = {n for n in have if found.layout.ignores(n[len(found.prefix) :])}
     _, want = rice.empty(found, config)
-    missing, unexpected, shapes = differences(have, wanted(found.layout, found.prefix, want), ignore)
+    needed = wanted(found.layout, found.prefix, want)
+    missing, unexpected, shapes = differences(have, needed, ignore)
+    problems += _types(have, needed)
     return Inspection(
         family="rice",
         layout=found.label,
@@ -153,6 +168,7 @@ def _cloc(checkpoint: Checkpoint, bare: Checkpoint, common: Mapping[str, Any]) -
     with parameters_on_meta():
         want = shapes_of(ClocModel(config))
     missing, unexpected, shapes = differences(bare.tensors, want)
+    problems = _types(bare.tensors, want)
     return Inspection(
         family="cloc",
         layout="CLOC, format 1",
@@ -169,6 +185,7 @@ def _cloc(checkpoint: Checkpoint, bare: Checkpoint, common: Mapping[str, Any]) -
         missing=tuple(missing),
         unexpected=tuple(unexpected),
         shapes=tuple(shapes),
+        problems=tuple(problems),
         encoder="cloc-vit-b-16-224",
         **common,
     )
@@ -219,6 +236,7 @@ def _dual(
     have = {n: i for n, i in found.checkpoint.tensors.items() if n.startswith(found.prefix)}
     ignore = {n for n in have if found.layout.ignores(n[len(found.prefix) :])}
     missing, unexpected, shapes = differences(have, want, ignore)
+    problems += _types(have, want)
     if not found.outside or any(c in found.prefix for c in dual.CONTAINERS):
         strangers: tuple[str, ...] = ()
     else:

@@ -13,7 +13,8 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from rice_eval.adapters.checkpoints import Checkpoint, TensorInfo, compare
+from rice_eval.adapters.checkpoints import Checkpoint, TensorInfo, compare, refuse_nan
+from rice_eval.errors import CheckpointError
 
 __all__ = ["Layout", "Rule", "block_rules", "count_blocks", "load_tensors", "view", "wanted"]
 
@@ -115,9 +116,19 @@ def view(checkpoint: Checkpoint, layout: Layout, prefix: str) -> dict[str, Tenso
 
 
 def count_blocks(names: Names, stem: str = "encoder.layers.") -> int:
-    """Number of blocks: the highest number after ``stem``, plus one."""
-    numbers = [int(m.group(1)) for m in (re.match(re.escape(stem) + r"(\d+)\.", n) for n in names) if m]
-    return max(numbers, default=-1) + 1
+    """Number of blocks: the highest number after ``stem``, plus one.
+
+    Raises:
+        CheckpointError: a number that the file's tensors can't have.
+    """
+    numbers = {int(m.group(1)) for m in (re.match(re.escape(stem) + r"(\d{1,9})\.", n) for n in names) if m}
+    deepest = max(numbers, default=-1)
+    if deepest > len(names):  # more blocks than tensors: nothing to build a model from
+        raise CheckpointError(
+            f"{stem}{deepest}: a block of this number among {len(numbers)} blocks",
+            "the file's names are damaged: save or download it again",
+        )
+    return deepest + 1
 
 
 def wanted(layout: Layout, prefix: str, want: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -154,6 +165,7 @@ def load_tensors(
     needed = wanted(layout, prefix, want)
     compare(have, needed, where, ignore=ignore, fix=fix)
     raw = checkpoint.read(list(needed))
+    refuse_nan(raw, where)
     out = {}
     for target in want:
         source, rule = layout.source(target)

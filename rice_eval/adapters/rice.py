@@ -109,6 +109,11 @@ def _numbers(seen: Mapping[str, TensorInfo], checkpoint: Checkpoint, layout: Lay
             f"{checkpoint.path}: a RICE tower without a usable {prefix}{layout.source(key)[0]}",
             "the file is not whole: save or download it again",
         )
+    if patch.shape[1] != 3:
+        raise CheckpointError(
+            f"{checkpoint.path}: {prefix}{layout.source('embeddings.patch_embedding.weight')[0]} takes {patch.shape[1]} channels",
+            "only towers of RGB images can be run",
+        )
     width, head = patch.shape[0], 2 * angles.shape[1]
     if head == 0 or width % head:
         raise CheckpointError(

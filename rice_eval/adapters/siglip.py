@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rice_eval.adapters.base import LoadRequest
 from rice_eval.adapters.checkpoints import Checkpoint, few, open_checkpoint, strip_wrappers
-from rice_eval.adapters.dual import DualTower, Found, Spec, load, square_root, text_numbers
+from rice_eval.adapters.dual import DualTower, Found, Spec, check_channels, load, square_root, text_numbers
 from rice_eval.adapters.hub import locate
 from rice_eval.adapters.layouts import Layout, count_blocks, view
 from rice_eval.errors import CheckpointError
@@ -106,6 +106,7 @@ def find(checkpoint: Checkpoint) -> tuple[Found, Spec, bool] | None:
     where = f"{checkpoint.path} (SigLIP)"
     if len(weight.shape) == 4:
         spec = FIXED
+        check_channels(weight.shape[1], where)
         numbers |= {"num_channels": weight.shape[1], "patch_size": weight.shape[2]}
         numbers["image_size"] = weight.shape[2] * square_root(positions, where)
     else:

@@ -114,6 +114,12 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give the parameters their storage, in float32. Names and shapes were compared before; a gap here is a bug."""
     ready = {name: (t.float() if t.is_floating_point() else t).contiguous() for name, t in tensors.items()}
+    parameters = dict(model.named_parameters())
+    counts = [name for name, t in ready.items() if name in parameters and not t.is_floating_point()]
+    if counts:
+        raise CheckpointError(
+            f"{counts[0]} holds {ready[counts[0]].dtype}, no weights", "save it in bf16, fp16 or fp32"
+        )
     model.load_state_dict(ready, strict=True, assign=True)
     left = [name for name, p in model.named_parameters() if p.is_meta] + [
         n for n, b in model.named_buffers() if b.is_meta
@@ -190,6 +196,9 @@ class Tower(Encoder):
     def normalise(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` in [0, 1] -> the same, minus mean, divided by std."""
         return (images - self._mean) / self._std
+
+    def _compilable(self) -> Sequence[nn.Module]:
+        return self._blocks
 
     def _encode(self, images: Tensor, layers: tuple[int, ...], norm: bool) -> Tokens:
         if norm and self._norm_missing:

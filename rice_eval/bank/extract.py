@@ -52,6 +52,7 @@ def open_source(
     workers: int | None = None,
     device: str | torch.device = "cpu",
     autocast: str | None = None,
+    compiled: bool = False,
     on_bad_image: str = "stop",
     store: bool = True,
     progress: Progress | None = None,
@@ -72,6 +73,7 @@ def open_source(
         workers: decoding threads; None takes one a core, 4 at most on a CPU, whose cores the encoder needs.
         device: torch device of the forward.
         autocast: ``bf16`` or ``fp16`` runs the forward under autocast (part of the key); None as the weights are.
+        compiled: the loader gives an encoder whose blocks are compiled (part of the key).
         on_bad_image: ``stop`` ends with the image's name, ``skip`` leaves unreadable images out, counted and listed.
         store: False keeps nothing; an entry of the bank that is complete is read all the same.
         progress: ``progress(label, total)`` opens a bar and returns its ``advance``.
@@ -81,7 +83,7 @@ def open_source(
     """
     if on_bad_image not in ("stop", "skip"):
         raise UsageError(f"--on-bad-image={on_bad_image} is not known", "choose stop or skip")
-    key = bank_key(facts, dataset, view, layers, norm, dtype, autocast)
+    key = bank_key(facts, dataset, view, layers, norm, dtype, autocast, compiled)
     report: Progress = progress or (lambda label, total: lambda n: None)
     ledger = Ledger(facts, dataset, key, bank, store and bank is not None, on_bad_image == "skip")
     one_pass = OnePass(

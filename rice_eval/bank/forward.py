@@ -169,9 +169,10 @@ class Forward:
             self.batch_size = smaller
 
     def _autocast(self) -> AbstractContextManager[object]:
-        if self._key.compute == "weights":
+        kind = self._key.compute.partition("+")[0]
+        if kind == "weights":
             return nullcontext()
-        return torch.autocast(self._device.type, dtype=CAST[self._key.compute])
+        return torch.autocast(self._device.type, dtype=CAST["bf16" if kind == "bf16" else "fp16"])
 
     def _launch(self, slots: Sequence[_Slot]) -> _Launched:
         cuda = self._device.type == "cuda"
@@ -248,7 +249,9 @@ class Forward:
             where = f"encoder '{self._encoder.name}', image '{slot.image.name}', {name}"
             if not bool(raw.isfinite().all()):
                 kind = "NaN" if bool(raw.isnan().any()) else "Inf"
-                fix = "check the weights" + ("" if self._key.compute == "weights" else ", or run without --autocast")
+                fix = "check the weights" + (
+                    "" if self._key.compute.startswith("weights") else ", or run without --autocast"
+                )
                 raise BankError(f"{where}: the tokens are {kind}", fix)
             packed, scale = pack(raw, self._key.dtype)
             if not bool((packed if scale is None else scale).isfinite().all()):

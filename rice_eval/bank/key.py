@@ -18,7 +18,7 @@ FORMAT_VERSION = 1
 TokenDtype = Literal["fp16", "bf16", "fp32", "int8"]
 TOKEN_DTYPES: tuple[TokenDtype, ...] = get_args(TokenDtype)
 
-Compute = Literal["weights", "bf16", "fp16"]
+Compute = Literal["weights", "bf16", "fp16", "weights+compile", "bf16+compile", "fp16+compile"]
 COMPUTES: tuple[Compute, ...] = get_args(Compute)
 
 
@@ -33,7 +33,8 @@ class BankKey:
         layers: layers stored, counted from 1, ascending.
         norm: whether the final norm was applied.
         dtype: how tokens are stored: ``fp16``, ``bf16``, ``fp32``, or ``int8`` with one scale a token.
-        compute: ``weights`` where the forward ran in the weights' own type, else autocast's type.
+        compute: ``weights`` where the forward ran in the weights' own type, else autocast's type; ``+compile`` where its
+            blocks were compiled.
         fill: RGB, 0 to 255, of the pixels that a view adds.
         format: version of the layout.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from rice_eval.adapters.base import EncoderFacts
 from rice_eval.bank.key import COMPUTES, BankKey, check_dtype
@@ -28,6 +29,7 @@ def bank_key(
     norm: bool,
     dtype: str,
     autocast: str | None = None,
+    compiled: bool = False,
 ) -> BankKey:
     """The key of a request; ``view`` is resolved for the encoder's patch and ``layers`` may count from the end.
 
@@ -40,7 +42,7 @@ def bank_key(
         raise PlanError(
             f"encoder '{facts.name}' has layers 1 to {facts.layers}, not {list(layers)}", f"ask for 1..{facts.layers}"
         )
-    compute = autocast or "weights"
+    compute: Any = (autocast or "weights") + ("+compile" if compiled else "")
     if compute not in COMPUTES:
         raise UsageError(f"autocast to '{autocast}' is not known", "choose bf16 or fp16, or leave it out")
     red, green, blue = (min(255, max(0, round(255 * m))) for m in facts.mean)

@@ -46,6 +46,7 @@ Device = Annotated[str, typer.Option("--device", help="Torch device: cpu, cuda, 
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images a forward.")]
 Workers = Annotated[int | None, typer.Option("--workers", min=0, help="Decoding workers; chosen by itself by default.")]
 Autocast = Annotated[str | None, typer.Option("--autocast", help="bf16 or fp16 forward; the weights' own by default.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Run the encoder's blocks through torch.compile.")]
 BadImage = Annotated[
     str, typer.Option("--on-bad-image", help="stop at an unreadable image, or skip it, count it and list it.")
 ]
@@ -111,6 +112,7 @@ _SHARED: dict[str, tuple[Any, Any]] = {
     "batch_size": (BatchSize, 16),
     "workers": (Workers, None),
     "autocast": (Autocast, None),
+    "compile": (Compile, False),
     "on_bad_image": (BadImage, "stop"),
     "limit_train": (LimitTrain, None),
     "limit_test": (LimitTest, None),
@@ -206,6 +208,7 @@ def run(
     batch_size: BatchSize = 16,
     workers: Workers = None,
     autocast: Autocast = None,
+    compile: Compile = False,
     on_bad_image: BadImage = "stop",
     limit_train: LimitTrain = None,
     limit_test: LimitTest = None,
@@ -238,6 +241,7 @@ def run(
         batch_size=batch_size,
         workers=workers,
         autocast=autocast,
+        compile=compile,
         on_bad_image=on_bad_image,
         predictions=save_predictions,
         trust_remote_code=trust_remote_code,
@@ -353,6 +357,7 @@ def plan(
     device: Device = "cpu",
     batch_size: BatchSize = 16,
     autocast: Autocast = None,
+    compile: Compile = False,
     as_json: AsJson = False,
 ) -> None:
     """What a run would do: passes, images, bytes, what is already in the bank. Does no work."""
@@ -373,6 +378,7 @@ def plan(
         device=device,
         batch_size=batch_size,
         autocast=autocast,
+        compile=compile,
     )
     if as_json:
         typer.echo(json.dumps(rows, indent=2))

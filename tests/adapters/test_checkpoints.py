@@ -106,12 +106,6 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: 
     assert not Path("pickle-was-run").exists()
 
 
-def test_torchscript_is_refused(tmp_path: Path) -> None:
-    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "m.pt")
-    with pytest.raises(CheckpointError, match="TorchScript"):
-        open_checkpoint(tmp_path / "m.pt")
-
-
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [
