@@ -18,7 +18,9 @@ from rice_eval.datasets.detection import CocoDetection
 from rice_eval.datasets.subset import Subset
 from rice_eval.errors import UsageError
 from rice_eval.metrics.coco import Found, Truth
+from rice_eval.metrics.tide import breakdown, recall_by_crowding
 from rice_eval.protocols.base import Panel
+from rice_eval.protocols.detection import image_truth
 from rice_eval.report.panel_files import panels_folder, save_panels
 from rice_eval.report.panels import (
     SIDE,
@@ -31,7 +33,7 @@ from rice_eval.report.panels import (
     text_panel,
 )
 
-__all__ = ["coco_results", "save_pictures", "save_predictions", "text_results", "token_maps"]
+__all__ = ["coco_results", "errors_of", "save_pictures", "save_predictions", "text_results", "token_maps"]
 
 
 def token_maps(reader: TokenReader, layer: int, indices: Sequence[int]) -> dict[int, NDArray[np.uint8]]:
@@ -111,7 +113,8 @@ def save_predictions(folder: Path, predictions: Mapping[str, Any], dataset: Data
     """Write every test image's prediction.
 
     Label maps become one PNG an image, a class index a pixel (8 bits where the indices fit, else 16); detections one
-    ``detections.json`` in COCO's results format, with the file's own image and category ids where the dataset has them.
+    ``detections.json`` in COCO's results format, with the file's own image and category ids where the dataset has them, and
+    ``errors.json``: where AP50 is lost.
 
     Raises:
         UsageError: the folder can't be written.
@@ -120,6 +123,7 @@ def save_predictions(folder: Path, predictions: Mapping[str, Any], dataset: Data
         folder.mkdir(parents=True, exist_ok=True)
         if predictions and all(isinstance(p, Found) for p in predictions.values()):
             _write_json(folder / "detections.json", coco_results(predictions, dataset))
+            _write_json(folder / "errors.json", errors_of(predictions, dataset))
             return
         if predictions and all(isinstance(p, Polygons) for p in predictions.values()):
             _write_json(folder / "text.json", text_results(predictions))
@@ -149,6 +153,19 @@ def text_results(predictions: Mapping[str, Polygons]) -> dict[str, list[dict[str
         name: [{"polygon": p.round(2).tolist(), "text": t} for p, t in zip(found.polygons, found.texts)]
         for name, found in predictions.items()
     }
+
+
+def errors_of(predictions: Mapping[str, Found], dataset: Dataset) -> dict[str, Any]:
+    """The error breakdown of detections, and recall by the number of objects in an image; see ``rice_eval.metrics.tide``."""
+    index_of = {dataset.image_id(i): i for i in range(len(dataset))}
+    truth = [image_truth(dataset, index_of[name]) for name in predictions]
+    found = list(predictions.values())
+    lost = breakdown(truth, found, len(dataset.things))
+    crowding = {
+        bucket: {"recall50": None if recall != recall else recall, "targets": targets}
+        for bucket, (recall, targets) in recall_by_crowding(truth, found).items()
+    }
+    return {"ap50": lost.ap50, "counts": lost.counts, "costs": lost.costs, "crowding": crowding}
 
 
 def coco_results(predictions: Mapping[str, Found], dataset: Dataset) -> list[dict[str, Any]]:

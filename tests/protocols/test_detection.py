@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -217,3 +218,23 @@ def test_eight_scenes_are_learnt_by_heart(kind):
     )
     outcome = protocol.run(context_of(protocol, data, data, load_encoder("random-vit-s-14")))
     assert outcome.statistics.point()["ap50"] > 90
+
+
+def test_predictions_are_written_as_coco_results_with_their_errors(tmp_path):
+    from rice_eval.datasets.subset import Subset
+    from rice_eval.pictures import save_predictions
+
+    data = Subset(Squares("test", 6), 3)
+    protocol = FcosLinear(view="square=112", lrs=(1e-2,), steps=40, batch=8, radius=0.0)
+    outcome = protocol.run(context_of(protocol, Squares("train", 8), data, keep_predictions=True))
+    assert outcome.predictions is not None
+    save_predictions(tmp_path, outcome.predictions, data)
+    rows = json.loads((tmp_path / "detections.json").read_text())
+    assert {"image_id", "category_id", "bbox", "score"} == set(rows[0])
+    assert min(row["category_id"] for row in rows) >= 1
+    first = rows[0]["image_id"]
+    found = outcome.predictions[first]
+    x, y, w, h = rows[0]["bbox"]
+    assert [x, y, x + w, y + h] == pytest.approx(found.boxes[0].tolist())
+    errors = json.loads((tmp_path / "errors.json").read_text())
+    assert errors["ap50"] == pytest.approx(outcome.statistics.point()["ap50"])
