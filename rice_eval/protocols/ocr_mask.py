@@ -42,11 +42,11 @@ def text_labels(lines: Sequence[TextLine], size: tuple[int, int], shrink: float 
         lines: of the image.
         size: ``(H, W)``.
         shrink: share of a line's height cut off above and below, so that lines close to one another stay apart; what is cut
-            off counts as neither.
+            off counts as no text.
     """
     codes = np.zeros(size, dtype=np.int64)
     for line in lines:
-        if line.ignore or shrink:
+        if line.ignore:
             _fill(codes, line.polygon, 2)
     for line in lines:
         if not line.ignore:

@@ -52,8 +52,9 @@ class PageScorer:
     """Scores what was read of whole images.
 
     CER and WER are over the text of the image in reading order, lines joined by blanks, don't-care lines and what was found
-    on them left out on both sides. Word spotting pairs regions by the rule of ICDAR 2015, and counts a pair where both
-    texts are equal but for capitals (its end-to-end task, generic).
+    on them left out on both sides; they ignore capitals, since SROIE writes every transcript in them, whatever is printed.
+    Word spotting pairs regions by the rule of ICDAR 2015, and counts a pair where both texts are equal but for capitals (its
+    end-to-end task, generic).
 
     Args:
         dataset: the test split.
@@ -74,6 +75,7 @@ class PageScorer:
         same = sum(lines[i].text.lower() == texts[j].lower() for i, j in result.pairs)
         truth = _joined([(lines[i].polygon, lines[i].text) for i in result.truths])
         read = _joined([(found[j], texts[j]) for j in result.found])
+        truth, read = truth.lower(), read.lower()
         edits, words = distance(truth, read), word_distance(truth, read)
         name = self._data.image_id(index)
         self._sums.add(
