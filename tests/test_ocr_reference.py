@@ -1,0 +1,60 @@
+"""The reference row: a system that knows the truth scores 100 %, one that reads nothing 0, and neither becomes a record."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rice_eval.datasets.scenes_text_set import ScenesText
+from rice_eval.errors import PlanError
+from rice_eval.ocr_reference import evaluate_reference
+
+OPTIONS = {"n_train": 1, "n_val": 2, "size": 256}
+
+
+class Oracle:
+    name = "oracle"
+
+    def __init__(self) -> None:
+        data = ScenesText("val", 2, size=256)
+        self.pages = {data.image(i).tobytes(): data.text(i) for i in range(2)}
+        self.lines = iter([line.text for i in range(2) for line in data.text(i)])
+
+    def page(self, image: np.ndarray) -> tuple[list[np.ndarray], list[str]]:
+        lines = self.pages[image.tobytes()]
+        return [line.polygon for line in lines], [line.text for line in lines]
+
+    def line(self, crop: np.ndarray) -> str:
+        return next(self.lines)
+
+
+class Blind:
+    name = "blind"
+
+    def page(self, image: np.ndarray) -> tuple[list[np.ndarray], list[str]]:
+        return [], []
+
+    def line(self, crop: np.ndarray) -> str:
+        return ""
+
+
+def test_rows_of_an_oracle_and_a_blind_system(tmp_path: Path):
+    lines, pages = evaluate_reference(Oracle(), options=OPTIONS, results=tmp_path, panels=1, resamples=50)
+    assert lines.metrics["word_accuracy_exact"][0] == 100
+    assert pages.metrics["hmean"][0] == pages.metrics["spotting"][0] == 100
+    assert pages.metrics["cer"][0] == 0
+    row = json.loads(lines.path.read_text())
+    assert row["reference"] is True
+    assert row["groups"]["one_minus_ned"]
+    lines, pages = evaluate_reference(Blind(), options=OPTIONS, results=tmp_path, panels=0, resamples=50)
+    assert lines.metrics["one_minus_ned"][0] == 0
+    assert pages.metrics["cer"][0] == 100
+    assert not (tmp_path / "records").exists()
+
+
+def test_other_protocols_are_refused(tmp_path: Path):
+    with pytest.raises(PlanError, match="text-mask"):
+        evaluate_reference(Blind(), options=OPTIONS, protocols=("text-mask",), results=tmp_path)
