@@ -27,10 +27,9 @@ from rice_eval.protocols.detection import (
     DetectionTest,
     Sample,
     TrainSet,
-    moments_of,
     to_image,
 )
-from rice_eval.protocols.detection_fcos import LossLog, by_grid, decayed, maps_of
+from rice_eval.protocols.detection_train import LossLog, by_grid, decayed, maps_of, moments_of
 from rice_eval.views import Frame
 
 __all__ = ["CascadeMaskRcnnFrozen", "MaskRcnnFrozen", "RiceDetection"]

@@ -120,7 +120,8 @@ def to_image(boxes: Tensor, frame: Frame) -> Boxes:
 def federated_of(dataset: Dataset, index: int) -> tuple[Dataset, int]:
     """The dataset under any ``Subset``, and the image's index there."""
     while isinstance(dataset, Subset):
-        dataset, index = dataset.base, dataset.picked[index]
+        subset: Subset = dataset
+        dataset, index = subset.base, subset.picked[index]
     return dataset, index
 
 
@@ -395,13 +396,3 @@ class DetectionProtocol(Protocol):
         if not sum(p.boxes for p in passes):
             raise DataError(f"dataset '{context.train.name}': no training image has a box", "check the split")
         return TrainSet(tuple(readers), tuple(p.targets for p in passes), self.seed), passes
-
-
-def moments_of(passes: Sequence[TrainBoxes], layer: int, with_held: bool) -> Moments:
-    """Feature moments of a layer over all views; of the images fitted on alone, or of all."""
-    total = Moments(len(passes[0].fit_moments[layer].total))
-    for part in passes:
-        total = total + part.fit_moments[layer]
-        if with_held:
-            total = total + part.held_moments[layer]
-    return total

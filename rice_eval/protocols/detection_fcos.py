@@ -28,39 +28,16 @@ from rice_eval.protocols.detection import (
     TrainBoxes,
     TrainSet,
     image_truth,
-    moments_of,
     to_image,
 )
+from rice_eval.protocols.detection_train import LossLog, by_grid, decayed, maps_of, moments_of
 from rice_eval.protocols.segmentation import LAYER_SETS, LayerSet, check_choice, held_out, layers_of
 from rice_eval.views import Frame
 
-__all__ = ["FcosLinear", "FcosSfp", "LossLog", "Map"]
+__all__ = ["FcosLinear", "FcosSfp", "Map"]
 
 Map = Callable[[Tensor, tuple[int, int]], Tensor]
 """``(N, D)`` tokens of one frame and their grid to ``(L, C + 5)`` outputs."""
-
-
-class LossLog:
-    """Losses of every step, kept as ten means over tenths of the training."""
-
-    def __init__(self) -> None:
-        self._values: list[float] = []
-
-    def add(self, loss: float) -> None:
-        """Take in one step's loss."""
-        self._values.append(loss)
-
-    def tenths(self) -> list[float]:
-        """At most ten means, first to last."""
-        parts = np.array_split(np.array(self._values), min(10, max(1, len(self._values))))
-        return [round(float(p.mean()), 5) for p in parts if len(p)]
-
-    def warnings(self) -> tuple[str, ...]:
-        """One line where the losses did not fall, or are not finite."""
-        marks = self.tenths()
-        if len(marks) > 1 and not marks[-1] < marks[0]:
-            return (f"the training loss did not fall ({marks[0]:.3f} to {marks[-1]:.3f})",)
-        return ()
 
 
 @dataclass(frozen=True)
@@ -375,28 +352,6 @@ class FcosSfp(_Fcos):
             log.add(float(loss.detach()))
             advance(1)
         return model.eval(), log
-
-
-def decayed(model: torch.nn.Module, wd: float) -> list[dict[str, object]]:
-    """Parameter groups: weight decay on matrices and kernels, none on norms, biases and single numbers."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    rest = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    return [{"params": matrices, "weight_decay": wd}, {"params": rest, "weight_decay": 0.0}]
-
-
-def by_grid(samples: Sequence[Sample], layer: int) -> list[list[Sample]]:
-    """Samples of one grid and frame size together, so that each group is one batch."""
-    groups: dict[tuple[tuple[int, int], tuple[int, int]], list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault((sample.grids[layer], sample.frame.size), []).append(sample)
-    return list(groups.values())
-
-
-def maps_of(samples: Sequence[Sample], layer: int, device: torch.device) -> Tensor:
-    """``(B, D, h, w)`` of samples of one grid."""
-    h, w = samples[0].grids[layer]
-    tokens = torch.stack([s.maps[layer] for s in samples]).to(device, torch.float32)
-    return tokens.transpose(1, 2).reshape(len(samples), -1, h, w)
 
 
 def _mapped(model: PyramidFcos) -> Map:
