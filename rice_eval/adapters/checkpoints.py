@@ -18,6 +18,7 @@ from torch import Tensor
 from rice_eval.adapters.formats import (
     TensorInfo,
     few,
+    is_safetensors,
     read_json,
     read_pickle,
     refuse_partial,
@@ -42,18 +43,8 @@ __all__ = [
 ]
 
 # Prefixes that wrap a whole model: DistributedDataParallel, torch.compile, and the usual names of an averaged copy.
-_WRAPPERS = (
-    "module.",
-    "_orig_mod.",
-    "ema_model.",
-    "model_ema.",
-    "ema.",
-    "averaged_model.",
-    "model.",
-    "backbone.",
-    "encoder.",
-    "net.",
-)
+_TRAINING = ("module.", "_orig_mod.", "ema_model.", "model_ema.", "ema.", "averaged_model.")
+_WRAPPERS = (*_TRAINING, "model.", "backbone.", "encoder.", "net.")
 # Types of weights, and of the counters and indices that some models keep beside them.
 _TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)
 
@@ -163,7 +154,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         files = [weights]
     for file in files:
         refuse_partial(file)
-    if all(file.suffix == ".safetensors" for file in files):
+    if all(is_safetensors(file) for file in files):
         if slot:
             raise CheckpointError(
                 f"{weights}: '::{slot}' picks a state dict inside a .pt file, this is safetensors", "leave it out"
@@ -190,18 +181,23 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(found, folder, infos, _loaded=loaded)
 
 
-def strip_wrappers(checkpoint: Checkpoint) -> Checkpoint:
+def strip_wrappers(checkpoint: Checkpoint, *, training_only: bool = False) -> Checkpoint:
     """Take off prefixes such as ``module.`` and ``_orig_mod.``, each only where every name carries it.
 
     Averaged copies beside the live weights in one flat file are a question for the user, not for a rule.
+
+    Args:
+        checkpoint: an opened file.
+        training_only: leave ``model.`` and the like, which may be the model's own.
 
     Raises:
         CheckpointError: two names become one, or a file that holds both live and averaged weights.
     """
     names = {name: name for name in checkpoint.tensors}
     taken = ""
+    wrappers = _TRAINING if training_only else _WRAPPERS
     for _ in range(4):
-        prefix = next((w for w in _WRAPPERS if names and all(n.startswith(w) and len(n) > len(w) for n in names)), None)
+        prefix = next((w for w in wrappers if names and all(n.startswith(w) and len(n) > len(w) for n in names)), None)
         if prefix is None:
             break
         names = {new[len(prefix) :]: old for new, old in names.items()}

@@ -16,7 +16,7 @@ from rice_eval.adapters.layouts import Layout, count_blocks, load_tensors
 from rice_eval.adapters.patch_text import clip_patches, siglip_patches
 from rice_eval.adapters.preprocessing import mean_and_std
 from rice_eval.adapters.text import Words
-from rice_eval.adapters.tower import Tower, build, core, fill, quiet, shapes_of, transformers_module, unit
+from rice_eval.adapters.tower import Tower, build, core, fill, first_line, quiet, shapes_of, transformers_module, unit
 from rice_eval.errors import CheckpointError, PlanError
 
 __all__ = [
@@ -174,9 +174,9 @@ def settings_of(found: Found, spec: Spec, request: LoadRequest, library: Any) ->
                 vision = parsed.vision_config
             else:
                 parsed = vision = getattr(library, spec.vision_config).from_dict(config)
-        except (TypeError, ValueError, AttributeError, KeyError) as error:
+        except Exception as error:  # transformers' validators raise kinds of their own, by version
             raise CheckpointError(
-                f"{path}: config.json does not fit {spec.label} ({error})", "mend config.json"
+                f"{path}: config.json does not fit {spec.label} ({first_line(error)})", "mend config.json"
             ) from error
         kind = str(config.get("model_type", ""))
         known = {full.model_type, getattr(library, spec.vision_config).model_type}
@@ -239,6 +239,16 @@ def _from_card(
         if found.projection is not None:
             numbers["projection_dim"] = found.projection
         return getattr(library, spec.vision_config)(**numbers), notes
+    expected = options.get("text_depth", found.text["num_hidden_layers"])
+    if same_width and found.text["num_hidden_layers"] != expected:
+        first = found.layout.source(f"text_model.encoder.layers.{found.text['num_hidden_layers']}.layer_norm1.weight")[
+            0
+        ]
+        raise CheckpointError(
+            f"{where}: the text tower has {found.text['num_hidden_layers']} blocks where {request.card.name}'s has "
+            f"{expected} (first missing key {found.prefix}{first})",
+            "put a config.json beside it if the depth is meant",
+        )
     text_heads = options.get("text_heads") if same_width else None
     if text_heads is None:
         text_heads = max(1, found.text["hidden_size"] // 64)

@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from rice_eval.errors import CheckpointError
 __all__ = [
     "TensorInfo",
     "few",
+    "is_safetensors",
     "read_json",
     "read_pickle",
     "refuse_partial",
@@ -95,6 +96,10 @@ def weights_in(folder: Path) -> Path:
     partial = sorted(p.name for s in _PARTIAL for p in folder.glob("*" + s))
     if partial:
         raise CheckpointError(f"{folder}: holds only a partial download ({few(partial)})", "finish the download")
+    if (folder / "snapshots").is_dir():
+        raise CheckpointError(
+            f"{folder}: the hub's cache of a whole repository", f"point --weights at {folder / 'snapshots'}/REVISION"
+        )
     raise CheckpointError(
         f"{folder}: holds no .safetensors, .pt, .pth, .bin or .ckpt file", "point --weights at the checkpoint"
     )
@@ -134,12 +139,23 @@ def refuse_partial(file: Path) -> None:
     try:
         with file.open("rb") as handle:
             head = handle.read(64)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file}: links to a file that is not there", "download it again") from error
     except OSError as error:
         raise CheckpointError(f"{file}: can't be read ({error.strerror})", "check its permissions") from error
     if not head:
         raise CheckpointError(f"{file}: is empty", "download it again")
     if head.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{file}: a git-lfs pointer, not the weights", "run git lfs pull, or download the file")
+
+
+def is_safetensors(file: Path) -> bool:
+    """Whether a file is read as safetensors: by its name, or by its first bytes (the hub's cache names files by their hash)."""
+    if file.suffix == ".safetensors":
+        return True
+    with file.open("rb") as handle:
+        head = handle.read(9)
+    return len(head) == 9 and 2 <= int.from_bytes(head[:8], "little") <= _LONGEST_HEADER and head[8:] == b"{"
 
 
 def safetensors_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -236,7 +252,7 @@ def _state_dict(data: object, file: Path, slot: str | None) -> dict[str, Tensor]
             if isinstance(inner, Mapping):
                 known = f"{few(list(map(str, inner)), 6)}; go deeper with ::, or save a plain state dict"
             raise CheckpointError(f"{file}: holds no state dict under '{slot}'", f"it holds {known}")
-        return dict(inner)
+        return {str(name): tensor for name, tensor in cast("Mapping[str, Tensor]", inner).items()}
     if not isinstance(data, Mapping):
         raise CheckpointError(
             f"{file}: holds a {type(data).__name__}, not a state dict", "save the model's state_dict()"
@@ -248,7 +264,7 @@ def _state_dict(data: object, file: Path, slot: str | None) -> dict[str, Tensor]
             f"choose one: --weights {file.name}::{inner_dicts[0]}",
         )
     if inner_dicts:
-        return dict(data[inner_dicts[0]])
+        return dict(cast("Mapping[str, Tensor]", data[inner_dicts[0]]))
     flat = {str(k): v for k, v in data.items() if isinstance(v, Tensor)}
     others = [str(k) for k, v in data.items() if isinstance(v, Mapping) and _is_state_dict(v)]
     if not flat:

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from rice_eval.adapters.base import EncoderFacts, LoadRequest
-from rice_eval.adapters.checkpoints import Checkpoint, few, open_checkpoint, read_json
+from rice_eval.adapters.checkpoints import (
+    Checkpoint,
+    few,
+    open_checkpoint,
+    read_json,
+    refuse_nan,
+    strip_wrappers,
+    unusable,
+)
 from rice_eval.adapters.hub import locate
 from rice_eval.adapters.preprocessing import mean_and_std
 from rice_eval.adapters.tower import Tower, first_line, quiet, transformers_module
@@ -55,7 +63,7 @@ def adapter(request: LoadRequest) -> Tower:
     """
     own = locate(LoadRequest(request.card, request.family)) if request.card.source.hub else None
     place = request.weights if request.weights is not None else own
-    checkpoint = open_checkpoint(place if place is not None else locate(request))
+    checkpoint = strip_wrappers(open_checkpoint(place if place is not None else locate(request)), training_only=True)
     folder = checkpoint.folder
     data = checkpoint.config()
     if data is None and own is not None:  # --weights FILE: the numbers are the named repository's
@@ -79,7 +87,7 @@ def adapter(request: LoadRequest) -> Tower:
         config = library.AutoConfig.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=remote and request.trust_remote_code
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # transformers' validators raise kinds of their own, by version
         raise CheckpointError(
             f"{folder}: config.json is not one this transformers ({library.__version__}) knows ({first_line(error)})",
             "install a newer transformers, or check the folder",
@@ -125,13 +133,22 @@ def _model(
             if getattr(cls, "_supports_sdpa", False):
                 options["attn_implementation"] = "sdpa"
             tensors = checkpoint.read(list(checkpoint.tensors))
+            types = unusable(checkpoint.tensors, list(tensors))
+            if types:
+                raise CheckpointError(
+                    f"{where}: {len(types)} tensors are not bf16, fp16 or fp32 ({few(types)})", "save plain weights"
+                )
+            refuse_nan(tensors, where)
+            options["ignore_mismatched_sizes"] = True  # named below and refused
             with quiet(library):
                 loaded, info = cls.from_pretrained(None, config=config, state_dict=tensors, **options)
+    except CheckpointError:
+        raise
     except KeyError as error:
         raise CheckpointError(
             f"{where}: transformers has no bare model of this type", "use an encoder, not a task model"
         ) from error
-    except (RuntimeError, ValueError, OSError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:  # the library's validators, its modules and code shipped with a checkpoint
         raise CheckpointError(
             f"{where}: can't be loaded ({' '.join(str(error).split())[:300]})", "check the folder"
         ) from error
@@ -146,7 +163,13 @@ def _model(
     if problems:
         raise CheckpointError(f"{where}: " + ", ".join(problems), "the file is not whole or of another model type")
     left = sorted(k for k in info["unexpected_keys"])
-    return loaded.eval().requires_grad_(False), [f"heads left out: {few(left)}"] if left else []
+    kinds = sorted({str(i.dtype)[6:] for i in checkpoint.tensors.values() if i.dtype.is_floating_point})
+    notes = [f"heads left out: {few(left)}"] if left else []
+    if kinds != ["float32"]:
+        notes.append(f"stored as {', '.join(kinds)}, run as float32")
+    if checkpoint.stripped:
+        notes.append(f"prefix '{checkpoint.stripped}' taken off every key")
+    return loaded.eval().requires_grad_(False), notes
 
 
 def _parts(vision: nn.Module, where: str) -> tuple[nn.ModuleList, nn.Module | None]:

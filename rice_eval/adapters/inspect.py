@@ -221,7 +221,8 @@ def _dual(
     vision = {**found.numbers, "num_attention_heads": 1}  # the number of heads changes no name and no shape
     with quiet(library):
         if told is not None and not found.outside:
-            heads = told.get("vision_config", told).get("num_attention_heads")
+            inner = told.get("vision_config")
+            heads = (inner if isinstance(inner, dict) else told).get("num_attention_heads")
             try:
                 dual.settings_of(found, spec, request_with({}), library)
             except CheckpointError as error:

@@ -164,6 +164,11 @@ def load_tensors(
     ignore = {n for n in have if layout.ignores(n[len(prefix) :])}
     needed = wanted(layout, prefix, want)
     compare(have, needed, where, ignore=ignore, fix=fix)
+    counts = [name for name in needed if not have[name].dtype.is_floating_point]
+    if counts:
+        raise CheckpointError(
+            f"{where}: {counts[0]} holds {str(have[counts[0]].dtype)[6:]}, no weights", "save it in bf16, fp16 or fp32"
+        )
     raw = checkpoint.read(list(needed))
     refuse_nan(raw, where)
     out = {}

@@ -181,11 +181,15 @@ def config_for(found: Found, request: LoadRequest | None = None) -> dict[str, An
         if isinstance(native, int) and native % numbers["patch_size"] == 0
         else 40 * numbers["patch_size"]  # RICE's native grid is 40 x 40
     )
-    out["hidden_act"] = told.get("hidden_act", "gelu")
-    out["layer_norm_eps"] = float(told.get("layer_norm_eps", 1e-5))
-    theta: Any = (told.get("rope_parameters") or {}).get("rope_theta", told.get("rope_theta", 10000.0))
-    if float(theta) != 10000.0:
-        raise CheckpointError(f"{path}: config.json says rope_theta = {theta}", "only RICE's 10000 is known")
+    out["hidden_act"] = str(told.get("hidden_act", "gelu"))
+    rope = told.get("rope_parameters")
+    eps = told.get("layer_norm_eps", 1e-5)
+    theta = (rope if isinstance(rope, dict) else told).get("rope_theta", 10000.0)
+    if not isinstance(eps, int | float) or isinstance(eps, bool) or not 0 <= eps < 1:
+        raise CheckpointError(f"{path}: config.json says layer_norm_eps = {eps!r}", "RICE's is 1e-5")
+    out["layer_norm_eps"] = float(eps)
+    if theta != 10000.0:
+        raise CheckpointError(f"{path}: config.json says rope_theta = {theta!r}", "only RICE's 10000 is known")
     return out
 
 
