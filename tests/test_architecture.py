@@ -85,3 +85,9 @@ def test_importing_the_package_is_light():
     code = "import sys, rice_eval; assert not {'torch', 'numpy', 'pydantic'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_test_files_have_names_of_their_own():
+    # Test folders are no packages, so that two files of one name would hide each other.
+    names = [p.name for p in Path(__file__).parent.rglob("test_*.py") if not (p.parent / "__init__.py").exists()]
+    assert len(names) == len(set(names)), sorted(n for n in names if names.count(n) > 1)
