@@ -262,10 +262,12 @@ def test_a_card_that_lies_about_the_patch_is_refused(tmp_path: Path) -> None:
         adapter(LoadRequest(card, family, _save(_random("test_vit"), tmp_path)))
 
 
-CARDED = sorted(c.name for f, c in catalogue().encoders.values() if (c.adapter or f.adapter) == "timm")
+CARDED = sorted((f.family, c.name) for f, c in catalogue().encoders.values() if (c.adapter or f.adapter) == "timm")
+FIRST = {family: name for family, name in reversed(CARDED)}
+_BY_FAMILY = [pytest.param(n, marks=() if FIRST[f] == n else pytest.mark.slow) for f, n in CARDED]
 
 
-@pytest.mark.parametrize("name", CARDED)
+@pytest.mark.parametrize("name", _BY_FAMILY)
 def test_every_card_agrees_with_timm(name: str) -> None:
     _, card = catalogue().encoder(name)
     assert card.source.timm is not None
