@@ -6,7 +6,8 @@ from typing import Any
 
 from rice_eval.adapters.base import LoadRequest
 from rice_eval.adapters.checkpoints import Checkpoint, few, open_checkpoint, strip_wrappers
-from rice_eval.adapters.dual import DualTower, Found, Spec, check_channels, load, square_root, text_numbers
+from rice_eval.adapters.dual import DualTower, load
+from rice_eval.adapters.dual_config import Found, Spec, check_channels, square_root, text_numbers
 from rice_eval.adapters.hub import locate
 from rice_eval.adapters.layouts import Layout, Rule, block_rules, count_blocks, view
 from rice_eval.errors import CheckpointError

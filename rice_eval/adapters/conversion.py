@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rice_eval.adapters import clip, dual, rice, siglip
+from rice_eval.adapters import clip, dual, dual_config, rice, siglip
 from rice_eval.adapters import cloc as cloc_layout
 from rice_eval.adapters.base import LoadRequest
 from rice_eval.adapters.checkpoints import few, open_checkpoint
@@ -106,7 +106,7 @@ def _rice(found: rice.Found, out: Path, given: dict[str, Any]) -> Path:
     )
 
 
-def _dual(found: dual.Found, spec: dual.Spec, out: Path, given: dict[str, Any]) -> Path:
+def _dual(found: dual_config.Found, spec: dual_config.Spec, out: Path, given: dict[str, Any]) -> Path:
     library = transformers_module(spec.label)
     options = {
         **given,
@@ -116,8 +116,8 @@ def _dual(found: dual.Found, spec: dual.Spec, out: Path, given: dict[str, Any]) 
             else {}
         ),
     }
-    config, _ = dual.settings_of(found, spec, request_with(options), library)
-    name = dual.class_of(found, spec)
+    config, _ = dual_config.settings_of(found, spec, request_with(options), library)
+    name = dual_config.class_of(found, spec)
     where = f"{found.checkpoint.path} ({spec.label}, {found.layout.name})"
     if found.outside and not any(c in found.prefix for c in dual.CONTAINERS):
         raise CheckpointError(
@@ -131,7 +131,7 @@ def _dual(found: dual.Found, spec: dual.Spec, out: Path, given: dict[str, Any]) 
     at = "" if found.vision_at else "vision_model."
     mean, std, _ = mean_and_std(found.checkpoint.folder, request_with({}).card, spec.stats)
     numbers = {k: v for k, v in config.to_dict().items() if k not in ("transformers_version", "_name_or_path")}
-    size = found.numbers.get("image_size") or found.numbers["patch_size"] * dual.square_root(
+    size = found.numbers.get("image_size") or found.numbers["patch_size"] * dual_config.square_root(
         found.numbers["num_patches"], where
     )
     return _write(

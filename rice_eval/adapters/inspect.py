@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from rice_eval.adapters import clip, dual, rice, siglip
+from rice_eval.adapters import clip, dual, dual_config, rice, siglip
 from rice_eval.adapters.checkpoints import (
     Checkpoint,
     TensorInfo,
@@ -211,7 +211,12 @@ def _siglip(checkpoint: Checkpoint, bare: Checkpoint, common: Mapping[str, Any])
 
 
 def _dual(
-    found: dual.Found, spec: dual.Spec, family: str, position: str, encoder: str, common: Mapping[str, Any]
+    found: dual_config.Found,
+    spec: dual_config.Spec,
+    family: str,
+    position: str,
+    encoder: str,
+    common: Mapping[str, Any],
 ) -> Inspection:
     library = transformers_module(spec.label)
     told = found.checkpoint.config()
@@ -224,7 +229,7 @@ def _dual(
             inner = told.get("vision_config")
             heads = (inner if isinstance(inner, dict) else told).get("num_attention_heads")
             try:
-                dual.settings_of(found, spec, request_with({}), library)
+                dual_config.settings_of(found, spec, request_with({}), library)
             except CheckpointError as error:
                 problems.append(error.what)
         if found.text is not None:
@@ -232,7 +237,7 @@ def _dual(
             config = getattr(library, spec.full_config)(vision_config=vision, text_config=text, **projection)
         else:
             config = getattr(library, spec.vision_config)(**vision, **projection)
-    model = build(getattr(library, dual.class_of(found, spec)), config, str(found.checkpoint.path))
+    model = build(getattr(library, dual_config.class_of(found, spec)), config, str(found.checkpoint.path))
     want = wanted(found.layout, found.prefix, shapes_of(model if found.vision_at else core(model)))
     have = {n: i for n, i in found.checkpoint.tensors.items() if n.startswith(found.prefix)}
     ignore = {n for n in have if found.layout.ignores(n[len(found.prefix) :])}

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from rice_eval.adapters.base import LoadRequest
 from rice_eval.adapters.checkpoints import Checkpoint, few, open_checkpoint, strip_wrappers
-from rice_eval.adapters.dual import DualTower, Found, Spec, check_channels, load, square_root, text_numbers
+from rice_eval.adapters.dual import DualTower, load
+from rice_eval.adapters.dual_config import Found, Spec, check_channels, square_root, text_numbers
 from rice_eval.adapters.hub import locate
 from rice_eval.adapters.layouts import Layout, count_blocks, view
 from rice_eval.errors import CheckpointError

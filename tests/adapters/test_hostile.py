@@ -303,7 +303,7 @@ def test_a_text_tower_cut_short_is_caught_by_the_card() -> None:
     from rice_eval.adapters.base import LoadRequest
     from rice_eval.adapters.checkpoints import Checkpoint
     from rice_eval.adapters.clip import OPENAI, SPEC
-    from rice_eval.adapters.dual import Found, settings_of
+    from rice_eval.adapters.dual_config import Found, settings_of
     from rice_eval.cards import catalogue
 
     family, card = catalogue().encoder("clip-vit-b-16-openai")

@@ -263,7 +263,7 @@ def test_a_card_that_lies_about_the_patch_is_refused(tmp_path: Path) -> None:
 
 
 CARDED = sorted((f.family, c.name) for f, c in catalogue().encoders.values() if (c.adapter or f.adapter) == "timm")
-FIRST = {family: name for family, name in reversed(CARDED)}
+FIRST = dict(reversed(CARDED))
 _BY_FAMILY = [pytest.param(n, marks=() if FIRST[f] == n else pytest.mark.slow) for f, n in CARDED]
 
 
