@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rice_eval.report.html import write_report
 from rice_eval.results.leaderboard import build
-from rice_eval.results.store import iter_records, write_atomic
+from rice_eval.results.store import iter_records, write_atomic, writing
 from rice_eval.results.tables import long_csv, markdown, wide_csv
 
 __all__ = ["publish"]
@@ -26,6 +26,7 @@ def publish(results: Path, title: str = "Dense vision encoders") -> dict[str, Pa
         "markdown": (results / "leaderboard.md", markdown(board)),
     }
     for path, text in files.values():
-        write_atomic(path, text.encode())
+        with writing(path):
+            write_atomic(path, text.encode())
     page = write_report([(s.record, s.path) for s in stored], results / "report.html", title)
     return {**{label: path for label, (path, _) in files.items()}, "page": page}

@@ -274,6 +274,7 @@ def execute(
         elsewhere: passes that other processes of this run made, for a plan of one encoder.
     """
     store = ResultStore(options.results)
+    store.check_writable()
     bank = Bank(options.bank or default_bank_root()) if options.store else None
     out = []
     for ref, group in groupby(plan.jobs, key=lambda job: job.encoder):

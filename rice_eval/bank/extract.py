@@ -247,7 +247,9 @@ class Source:
             wait: wait for shards that other processes are at; False returns as soon as there is nothing left to claim.
         """
         if self._ledger.entry is None:
-            raise BankError("tokens are not stored in this run, and this protocol reads them twice", "store them")
+            raise BankError(
+                "tokens are not stored in this run, and this protocol reads them several times", "leave out --no-store"
+            )
         for _ in self._pass.run(shards, (), wait=wait):
             pass
 

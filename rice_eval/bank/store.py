@@ -325,8 +325,8 @@ class Bank:
         """
         found = [(e, m) for e, m in self.entries() if e.folder.name.startswith(prefix.lower())]
         if len(found) != 1:
-            count = "no entry" if not found else f"{len(found)} entries"
-            raise NotFoundError(f"{count} of the bank at {self.root} start with '{prefix}'", "see rice-eval bank ls")
+            count, starts = (f"{len(found)} entries", "start") if found else ("no entry", "starts")
+            raise NotFoundError(f"{count} of the bank at {self.root} {starts} with '{prefix}'", "see rice-eval bank ls")
         return found[0]
 
     def remove(self, entry: Entry) -> None:

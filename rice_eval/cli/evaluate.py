@@ -439,7 +439,7 @@ def _show(results: list[Result], as_json: bool) -> None:
         for r in group:
             record = r.record
             row: dict[str, Any] = {"encoder": record.encoder.name}
-            for name, m in record.metrics.items():
+            for name, m in sorted(record.metrics.items(), key=lambda item: item[0] != record.metric):
                 interval = f" [{m.low:.1f}, {m.high:.1f}]" if m.low is not None and m.high is not None else ""
                 row[name] = f"{m.value:.2f}" + interval
             row["layers"] = ",".join(map(str, record.layers))
@@ -447,3 +447,8 @@ def _show(results: list[Result], as_json: bool) -> None:
             row["forwards"] = record.cost.forwards
             rows.append(row)
         print_table(rows, title=f"{first.task.name} · {first.protocol.id} · {first.view}")
+        for r in group:
+            if r.record.skipped:
+                named = ", ".join(r.record.skipped[:3]) + (", …" if len(r.record.skipped) > 3 else "")
+                typer.echo(f"{r.record.encoder.name}: {len(r.record.skipped)} unreadable images were left out: {named}")
+        typer.echo()

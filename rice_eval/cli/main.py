@@ -28,6 +28,16 @@ app = typer.Typer(
 )
 
 
+_INTERRUPTED = 130
+_DISK = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space"),
+    **dict.fromkeys((errno.EACCES, errno.EROFS, errno.EPERM), "check the permissions"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG), "give another path"),
+    errno.EIO: "check the disk",
+}
+"""What the file system may say that is no fault of the program, and what to do then."""
+
+
 def _version(value: bool) -> None:
     if value:
         typer.echo(f"rice-eval {__version__}")
@@ -55,21 +65,27 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and exit: 0 done, 1 a gate failed, 2 something the user can mend, 130 interrupted."""
     try:
         code = app(args=argv, standalone_mode=False)
+        if code == _INTERRUPTED:  # Typer makes this of Ctrl-C
+            raise KeyboardInterrupt
     except RiceEvalError as error:
         _say(str(error))
         code = 2
     except (typer.Abort, KeyboardInterrupt):
         _say("interrupted; run the same command again to go on from the bank")
-        code = 130
+        code = _INTERRUPTED
+    except SystemExit as end:
+        # Typer ends with 1 where the reader of a pipe (head, less) closed it: that is not an error.
+        cause = end.__context__
+        code = 0 if isinstance(cause, OSError) and cause.errno == errno.EPIPE else end.code
     except BrokenPipeError:
         # The reader of a pipe (head, less) closed it: that is not an error.
         sys.stderr.close()
         code = 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno not in _DISK:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        fix = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the permissions"
+        fix = _DISK[error.errno]
         _say(f"{one_line(error.strerror or str(error))}{where}; {fix} and run the same command again")
         code = 2
     except Exception as error:

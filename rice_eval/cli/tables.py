@@ -20,7 +20,9 @@ def print_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> 
     if not rows:
         print("nothing to show")
         return
-    table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    if title:
+        print(title)  # not the table's own: that is folded at the table's width
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in rows[0]:
         numeric = all(_is_number(row.get(name)) for row in rows)
         table.add_column(Text(str(name)), justify="right" if numeric else "left", overflow="fold")

@@ -33,6 +33,7 @@ __all__ = [
     "check_options",
     "decode_image",
     "files_fingerprint",
+    "undecoded",
 ]
 
 IGNORE = -1
@@ -228,7 +229,14 @@ def decode_image(source: Path | bytes, label: str | None = None) -> Image:
         raise DataError(f"{name}: no such image", "check --data against the dataset's layout") from error
     except (OSError, SyntaxError, ValueError, Pil.DecompressionBombError) as error:
         fix = "replace the file, or pass --on-bad-image=skip to leave it out and count it"
-        raise DataError(f"{name}: can't be decoded ({error})", fix) from error
+        raise DataError(f"{name}: can't be decoded ({undecoded(error)})", fix) from error
+
+
+def undecoded(error: Exception) -> str:
+    """Why Pillow can't read a file, without the address of the buffer it was in."""
+    from PIL import UnidentifiedImageError
+
+    return "empty, or no image format that is known" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def files_fingerprint(parts: Sequence[tuple[str, Path | bytes]], facts: Mapping[str, Any]) -> str:

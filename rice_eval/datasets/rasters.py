@@ -8,6 +8,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
+from rice_eval.datasets.base import undecoded
 from rice_eval.errors import DataError
 
 __all__ = ["IMAGES", "colour_map", "decode_colours", "decode_indices", "upright_size"]
@@ -32,7 +33,7 @@ def upright_size(stream: IO[bytes], label: str) -> tuple[int, int]:
             width, height = opened.size
             turned = opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
     except (OSError, SyntaxError, ValueError, Pil.DecompressionBombError) as error:
-        raise DataError(f"{label}: can't be decoded ({error})", "replace the file") from error
+        raise DataError(f"{label}: can't be decoded ({undecoded(error)})", "replace the file") from error
     return (width, height) if turned else (height, width)
 
 
@@ -55,7 +56,7 @@ def decode_indices(data: bytes, label: str) -> NDArray[np.int64]:
             values = np.asarray(opened).astype(np.int64)
             mode, kind = opened.mode, opened.format
     except (OSError, SyntaxError, ValueError, Pil.DecompressionBombError) as error:
-        raise DataError(f"{label}: can't be decoded ({error})", "replace the file") from error
+        raise DataError(f"{label}: can't be decoded ({undecoded(error)})", "replace the file") from error
     if values.ndim != 2:
         raise DataError(f"{label}: has {values.ndim} dimensions, not a map of class indices", "save it as grayscale")
     # Pillow stretches 2 and 4-bit grayscale to 0..255; byte 24 of a PNG is its bit depth (PNG 1.2, 4.1.1).
@@ -80,7 +81,7 @@ def decode_colours(data: bytes, label: str) -> NDArray[np.int64]:
                 raise DataError(f"{label}: mode {opened.mode}, not an 8-bit RGB map of segment ids", "fetch it again")
             rgb = np.asarray(opened).astype(np.int64)
     except (OSError, SyntaxError, ValueError, Pil.DecompressionBombError) as error:
-        raise DataError(f"{label}: can't be decoded ({error})", "replace the file") from error
+        raise DataError(f"{label}: can't be decoded ({undecoded(error)})", "replace the file") from error
     flat: NDArray[np.int64] = rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
     return flat
 

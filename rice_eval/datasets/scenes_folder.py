@@ -48,7 +48,10 @@ class ScenesFolder(Dataset):
             raise UsageError(f"dataset 'scenes' has no split '{split}'", f"its splits: {', '.join(about['splits'])}")
         held = int(about["splits"][split])
         if n is not None and n > held:
-            raise UsageError(f"--data {root}: {n} scenes of split '{split}' asked for, {held} there", _REMAKE)
+            raise UsageError(
+                f"--data {root}: {n} scenes of split '{split}' asked for, {held} there",
+                f"pass --option n_{split}={held}, or make more with rice-eval data make scenes --out DIR",
+            )
         for key, asked in (("size", size), ("seed", seed)):
             if asked is not None and asked != about[key]:
                 raise UsageError(f"--data {root}: made with {key} {about[key]}, not {asked}", f"ask for {about[key]}")

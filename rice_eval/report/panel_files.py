@@ -10,6 +10,7 @@ an index is complete. The index has one panel a line (and not the suffix of a re
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -70,11 +71,14 @@ def save_panels(folder: Path, panels: Sequence[PanelPicture]) -> Path:
     """Write panels into ``folder``, replacing what is there. Equal pictures give equal bytes with one version of Pillow.
 
     Photos are WebP at quality 80, flat pictures are lossless WebP.
+
+    Raises:
+        RecordError: the folder can't be written.
     """
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         stored = [
             StoredPanel(
                 image_id=panel.image_id,
@@ -87,8 +91,19 @@ def save_panels(folder: Path, panels: Sequence[PanelPicture]) -> Path:
         ]
         lines = [json.dumps(panel.model_dump(mode="json"), ensure_ascii=False) + "\n" for panel in stored]
         (partial / INDEX).write_text("".join(lines), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        for last in (False, False, True):
+            # Another run may put its pictures of the same record there in between.
+            shutil.rmtree(folder, ignore_errors=True)
+            try:
+                os.replace(partial, folder)
+                break
+            except OSError as error:
+                if last or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        fix = "free some space and run the same command again" if full else "give another folder, or mend this one"
+        raise RecordError(f"{folder}: the pictures can't be written ({error.strerror or error})", fix) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder

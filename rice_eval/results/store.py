@@ -7,6 +7,7 @@ any point leaves the earlier record as it was.
 
 from __future__ import annotations
 
+import errno
 import gc
 import hashlib
 import json
@@ -51,6 +52,7 @@ __all__ = [
     "record_files",
     "slug",
     "write_atomic",
+    "writing",
 ]
 
 _log = logging.getLogger("rice_eval")
@@ -104,7 +106,6 @@ class ResultStore:
         from filelock import FileLock
 
         path = self.path_of(record)
-        path.parent.mkdir(parents=True, exist_ok=True)
         packed = None
         if statistics is not None:
             packed = pack(statistics.arrays())
@@ -121,7 +122,9 @@ class ResultStore:
                 f"{path}: a value can't be written as JSON ({error})", "report infinite and NaN values as None"
             ) from error
         _check_protocol(sealed, path)
-        with FileLock(str(self.root / "records" / ".lock")):
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path), FileLock(str(self.root / "records" / ".lock")):
             if path.exists():
                 _announce(load_record(path), sealed, path)
             if packed is not None and sealed.statistics is not None:
@@ -131,6 +134,24 @@ class ResultStore:
                 if sealed.statistics is None or stale.name != sealed.statistics.file:
                     stale.unlink()
         return path
+
+    def check_writable(self) -> None:
+        """Refuse a folder that no record can be written to, before hours of work; makes nothing.
+
+        Raises:
+            RecordError: the root, or what it would be made in, is no folder or can't be written.
+        """
+        for folder in (self.root / "records", *(self.root, *self.root.absolute().parents)):
+            if not os.path.lexists(folder):
+                continue
+            if not folder.is_dir():
+                raise RecordError(f"results folder {self.root}: {folder} is not a folder", "give another one")
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise RecordError(
+                    f"results folder {self.root}: {folder} can't be written",
+                    "check its permissions, or give another one",
+                )
+            return
 
     def load(self, path: Path | str) -> Record:
         """See ``load_record``."""
@@ -201,7 +222,9 @@ def _load_slowly(path: Path, data: bytes) -> Record:
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{path}: is not JSON ({error})", _RERUN) from error
     if not isinstance(content, dict) or "schema_version" not in content:
-        raise RecordError(f"{path}: is not a record: it has no field 'schema_version'", "point at a folder of records")
+        raise RecordError(
+            f"{path}: is not a record: it has no field 'schema_version'", "move it out of the folder of records"
+        )
     version = content["schema_version"]
     if not isinstance(version, int) or isinstance(version, bool):
         raise RecordError(f"{path}: field 'schema_version' is {version!r}, not a number", _RERUN)
@@ -368,6 +391,21 @@ def slug(name: str) -> str:
     if safe and safe == name:
         return safe
     return f"{safe or 'x'}-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:6]}"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the file system says while ``path`` is written into one line that names it.
+
+    Raises:
+        RecordError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        fix = "free some space and run the same command again" if full else "give another folder, or mend this one"
+        raise RecordError(f"{path}: can't be written ({error.strerror or error})", fix) from error
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -192,3 +192,72 @@ def test_plan_does_no_work(tmp_path, capsys):
     assert {row["dataset"] for row in rows} == {"scenes/train", "scenes/val"}
     assert all(row["in bank"] == 0 for row in rows)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_results_folder_that_can_not_be_is_refused_before_any_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    command = ["segmentation", "-e", "rgb-moments", *SMALL, "-p", "gram-lda", "--bank", tmp_path / "b"]
+    for results in (tmp_path / "file", tmp_path / "file" / "below"):
+        line = refused(capsys, *command, "--results", results)
+        assert f"results folder {results}" in line
+        assert "is not a folder" in line
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_score_comes_first_and_left_out_images_are_told(tmp_path, capsys):
+    from PIL import Image
+
+    data = tmp_path / "data"
+    (data / "masks").mkdir(parents=True)
+    (data / "names.txt").write_text("a\nb\n")
+    for split in ("train", "val"):
+        (data / "images" / split).mkdir(parents=True)
+        (data / "masks" / split).mkdir(parents=True)
+        for k in range(6):
+            Image.new("RGB", (56, 56), (40 * k, 9, 9)).save(data / "images" / split / f"{k}.png")
+            mask = Image.new("L", (56, 56), 0)
+            mask.paste(1, (0, 0, 28, 56))
+            mask.save(data / "masks" / split / f"{k}.png")
+    command = [
+        "segmentation",
+        "-e",
+        "rgb-moments",
+        "-d",
+        "folder",
+        "--data",
+        data,
+        "--view",
+        "square=56",
+        "-p",
+        "gram-lda",
+    ]
+    command += ["--bank", tmp_path / "b", "--results", tmp_path / "r", "--no-report"]
+    broken = data / "images" / "val" / "3.png"
+    # Cut inside the pixels: the header, and with it the size, can still be read.
+    broken.write_bytes(broken.read_bytes()[:-30])
+    assert "3.png: can't be decoded" in refused(capsys, *command)
+    code, out, err = run(capsys, *command, "--on-bad-image", "skip")
+    assert code == 0, err
+    assert "unreadable images were left out: " in out
+    header = next(line for line in out.splitlines() if line.strip().startswith("encoder"))
+    assert header.split()[1] == "miou"
+
+
+def test_a_file_that_is_no_image_is_said_without_addresses(tmp_path):
+    from rice_eval.datasets.base import decode_image
+    from rice_eval.errors import DataError
+
+    with pytest.raises(DataError) as caught:
+        decode_image(b"<html>", "x.jpg")
+    assert "BytesIO" not in str(caught.value)
+    assert "no image format" in str(caught.value)
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rice_eval.cli.catalogue.read_cards", interrupted)
+    code, _, err = run(capsys, "list", "encoders")
+    assert code == 130
+    assert "interrupted; run the same command again" in err

@@ -56,7 +56,7 @@ def test_a_write_that_fails_leaves_the_old_panels(folder: Path, monkeypatch: pyt
 
     before = sorted(p.name for p in folder.iterdir())
     monkeypatch.setattr(panel_files, "_write", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(RecordError, match="No space left on device.*free some space"):
         save_panels(folder, scene_panels(1, 0.5, 8, 0))
     assert sorted(p.name for p in folder.iterdir()) == before
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
