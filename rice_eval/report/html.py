@@ -63,7 +63,9 @@ def write_report(
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out, page.encode("utf-8", "replace"))
     except OSError as error:
-        raise UsageError(f"{out} can't be written ({error.strerror})", "free some space or choose another folder") from error
+        raise UsageError(
+            f"{out} can't be written ({error.strerror})", "free some space or choose another folder"
+        ) from error
     return out
 
 
