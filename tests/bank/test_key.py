@@ -56,6 +56,14 @@ def test_requests_that_mean_the_same_have_one_key():
     assert bank_key(facts(), data, "long=16,pad=patch", (3,), True, "fp16").view == "long=16,pad=4"
 
 
+def test_how_the_forward_ran_tells_entries_apart():
+    data = FakeDataset()
+    ways = [{"autocast": a, "compiled": c} for a in (None, "bf16", "fp16") for c in (False, True)]
+    keys = [bank_key(facts(), data, "square=16", (1,), True, "fp16", **way) for way in ways]
+    assert len({key.digest for key in keys}) == len(ways)
+    assert [key.compute for key in keys[:3]] == ["weights", "weights+compile", "bf16"]
+
+
 def test_what_can_not_be_asked_for():
     data = FakeDataset()
     with pytest.raises(PlanError, match="layers 1 to 3"):
