@@ -129,6 +129,13 @@ class Loaded:
     seconds: float
     sources: dict[SourceKey, Source]
     elsewhere: dict[SourceKey, Elsewhere] = field(default_factory=dict)
+    counted: dict[tuple[int, int], int | None] = field(default_factory=dict)
+
+    def flops(self, height: int, width: int) -> int | None:
+        """Operations of one image's forward, counted once a size."""
+        if (height, width) not in self.counted:
+            self.counted[height, width] = self.encoder.flops(height, width)
+        return self.counted[height, width]
 
 
 Executor = Callable[[Plan, RunOptions, Reporter], "list[Result]"]
@@ -402,7 +409,7 @@ def _run_job(job: Job, plan: Plan, loaded: Loaded, store: ResultStore, options: 
     record = record.model_copy(
         update={
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
-            "cost": _cost(loaded.encoder, used, forwards, passes, outcome.forwards),
+            "cost": _cost(loaded, used, forwards, passes, outcome.forwards),
             "warnings": tuple(dict.fromkeys([*(note for m in made for note in m.notes), *record.warnings])),
         }
     )
@@ -418,12 +425,13 @@ def _run_job(job: Job, plan: Plan, loaded: Loaded, store: ResultStore, options: 
     return Result(store.load(path), path)
 
 
-def _cost(encoder: Encoder, sources: Sequence[Source], forwards: int, seconds: float, own: int) -> Cost:
-    size = sources[-1].frame_size if sources else (encoder.facts.resolution, encoder.facts.resolution)
+def _cost(loaded: Loaded, sources: Sequence[Source], forwards: int, seconds: float, own: int) -> Cost:
+    facts = loaded.encoder.facts
+    size = sources[-1].frame_size if sources else (facts.resolution, facts.resolution)
     tokens = sources[-1].tokens_per_image if sources else 0.0
     return Cost(
-        params=encoder.facts.params,
-        flops=encoder.flops(*size),
+        params=facts.params,
+        flops=loaded.flops(*size),
         tokens_per_image=tokens,
         images_per_second=round(forwards / seconds, 3) if forwards and seconds > 0 else None,
         forwards=forwards + own,
