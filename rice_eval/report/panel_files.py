@@ -144,7 +144,7 @@ def load_panels(folder: Path) -> list[StoredPanel]:
 def _write(folder: Path, name: str, tile: Tile) -> StoredTile:
     buffer = io.BytesIO()
     options = {"lossless": True, "quality": 90, "exact": True} if tile.flat else {"quality": 80}
-    Pil.fromarray(tile.picture).save(buffer, "WEBP", method=6, **options)
+    Pil.fromarray(tile.picture).save(buffer, "WEBP", method=3, **options)
     data = buffer.getvalue()
     (folder / name).write_bytes(data)
     height, width = tile.picture.shape[:2]
