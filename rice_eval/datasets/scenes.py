@@ -44,7 +44,7 @@ from rice_eval.datasets.scenes_render import Scene, matches, render
 
 __all__ = ["Scenes", "ScenesOptions", "factory"]
 
-_CACHE_BYTES = 128 << 20  # some 600 renderings of 224 px
+_CACHE_BYTES = 256 << 20  # some 1,200 renderings of 224 px
 
 
 class _Cache:
