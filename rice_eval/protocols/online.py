@@ -6,6 +6,7 @@ process.
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -359,3 +360,10 @@ def _join_processes(device: torch.device) -> None:
     """Join the processes that ``torchrun`` started, if it did."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # A group still open at exit leaves threads behind that abort the interpreter now and then.
+        atexit.register(_leave_processes)
+
+
+def _leave_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
