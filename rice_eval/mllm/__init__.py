@@ -1,0 +1,1 @@
+"""An encoder inside a multimodal language model: tiles, projector, language model, greedy decoding."""
