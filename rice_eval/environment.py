@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import resource
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from rice_eval import __version__
 
-__all__ = ["PACKAGES", "describe", "git_state", "package_versions", "peak_memory_mb"]
+__all__ = ["PACKAGES", "describe", "git_state", "launched", "package_versions", "peak_memory_mb"]
 
 PACKAGES = (
     "torch",
@@ -55,6 +56,12 @@ def git_state() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
+
+
+def launched() -> tuple[int, int]:
+    """``(rank, processes)`` of this process among those that ``torchrun`` started; ``(0, 1)`` without it."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return (int(os.environ.get("RANK", "0")), processes) if processes > 1 else (0, 1)
 
 
 def peak_memory_mb() -> float:

@@ -148,7 +148,10 @@ datasets: Registry[object] = Registry(
         "icdar2015": "rice_eval.datasets.text:icdar2015",
         "totaltext": "rice_eval.datasets.text:totaltext",
         "funsd": "rice_eval.datasets.text:funsd",
+        "coco-text": "rice_eval.datasets.text_json:coco_text",
+        "textocr": "rice_eval.datasets.text_json:textocr",
         "lmdb": "rice_eval.datasets.recognition:lmdb_crops",
+        "union14m": "rice_eval.datasets.union14m:union14m",
         "label-file": "rice_eval.datasets.recognition:label_file",
     },
 )

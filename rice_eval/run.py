@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from rice_eval.adapters.base import Encoder, EncoderFacts, facts_as_dict
 from rice_eval.bank.extract import Source, SourceView, open_source
 from rice_eval.bank.store import Bank, default_bank_root
 from rice_eval.cards import TaskCard, catalogue
-from rice_eval.environment import describe, peak_memory_mb
+from rice_eval.environment import describe, launched, peak_memory_mb
 from rice_eval.errors import DataError, PlanError, UsageError
 from rice_eval.metrics.statistics import METRICS, MetricInfo
 from rice_eval.pictures import save_pictures, save_predictions, token_maps
@@ -184,7 +185,8 @@ def evaluate(
         **run_options: fields of ``RunOptions``.
 
     Returns:
-        one result a job, in the order of the plan.
+        one result a job, in the order of the plan. Under ``torchrun`` the first process has them all and writes the records; the
+        others help with protocols that share their work, and get none.
 
     Raises:
         RiceEvalError: anything a user can mend, in one line.
@@ -208,7 +210,7 @@ def evaluate(
         how = RunOptions(results=Path(results), **run_options)
     except TypeError as error:
         raise UsageError(f"evaluate: {error}", "see rice_eval.run.RunOptions for what a run takes") from error
-    with progress(show_progress) as report:
+    with progress(show_progress if launched()[0] == 0 else False) as report:
         return (executor or execute)(plan, how, report)
 
 
@@ -280,12 +282,18 @@ def execute(
         done: called with each result as it is written.
         elsewhere: passes that other processes of this run made, for a plan of one encoder.
     """
+    rank, processes = launched()
     store = ResultStore(options.results)
-    store.check_writable()
+    if rank == 0:
+        store.check_writable()
+    if processes > 1 and options.device == "cuda":
+        options = replace(options, device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     bank = Bank(options.bank or default_bank_root()) if options.store else None
     out = []
     for ref, group in groupby(plan.jobs, key=lambda job: job.encoder):
-        jobs = list(group)
+        jobs = [job for job in group if rank == 0 or job.protocol.distributed]
+        if not jobs:
+            continue
         loaded = load(ref, plan, options)
         loaded.elsewhere.update(elsewhere or {})
         for job in jobs:
@@ -293,6 +301,8 @@ def execute(
         open_sources(loaded, jobs, plan, bank, options, report)
         for job in jobs:
             result = _run_job(job, plan, loaded, store, options, report)
+            if result is None:
+                continue
             out.append(result)
             if done is not None:
                 done(result)
@@ -364,7 +374,11 @@ def _source_key(dataset: Dataset, view: str, encoder: Encoder, job: Job) -> Sour
     return dataset.fingerprint, str(resolved), job.protocol.norm, job.protocol.tokens
 
 
-def _run_job(job: Job, plan: Plan, loaded: Loaded, store: ResultStore, options: RunOptions, report: Reporter) -> Result:
+def _run_job(
+    job: Job, plan: Plan, loaded: Loaded, store: ResultStore, options: RunOptions, report: Reporter
+) -> Result | None:
+    """One record; None in every process of ``torchrun`` but the first."""
+    rank, processes = launched()
     train, test = plan.dataset(job.task, "train"), plan.dataset(job.task, "test")
     used: list[Source] = []
     made: list[Elsewhere] = []
@@ -393,6 +407,8 @@ def _run_job(job: Job, plan: Plan, loaded: Loaded, store: ResultStore, options: 
         scratch=(options.bank or default_bank_root()) / "online" if options.store else None,
     )
     outcome = job.protocol.run(context)
+    if rank > 0:
+        return None
     ran = time.perf_counter() - start
     passes = sum(s.seconds - before[id(s)][1] for s in used) + sum(m.seconds for m in made)
     forwards = sum(s.forwards - before[id(s)][0] for s in used) + sum(m.forwards for m in made)
@@ -405,12 +421,14 @@ def _run_job(job: Job, plan: Plan, loaded: Loaded, store: ResultStore, options: 
         "bootstrap": time.perf_counter() - start,
         "total": loaded.seconds + ran + time.perf_counter() - start,
     }
-    record = _record(job, loaded.encoder.facts, (train, test), outcome, bounds, used, options)
+    left_out = {name for split in job.protocol.views() for name in plan.part(job, split).left_out}
+    together = [f"{processes} processes shared the work"] if processes > 1 and job.protocol.distributed else []
+    record = _record(job, loaded.encoder.facts, (train, test), outcome, bounds, used, left_out, options)
     record = record.model_copy(
         update={
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
             "cost": _cost(loaded, used, forwards, passes, outcome.forwards),
-            "warnings": tuple(dict.fromkeys([*(note for m in made for note in m.notes), *record.warnings])),
+            "warnings": tuple(dict.fromkeys([*(n for m in made for n in m.notes), *together, *record.warnings])),
         }
     )
     path = store.save(record, outcome.statistics)
@@ -445,6 +463,7 @@ def _record(
     outcome: Outcome,
     bounds: Mapping[str, tuple[float, float]],
     sources: Sequence[Source],
+    left_out: set[str],
     options: RunOptions,
 ) -> Record:
     train, test = splits
@@ -503,7 +522,7 @@ def _record(
         peak_memory_mb=peak_memory_mb(),
         environment=Environment.model_validate(describe(options.device, torch.get_num_threads())),
         statistics=None,
-        skipped=tuple(sorted({name for s in sources for name in s.skipped})),
+        skipped=tuple(sorted(left_out.union(*(s.skipped for s in sources)))),
         warnings=tuple(dict.fromkeys([*notes, *outcome.warnings])),
     )
 

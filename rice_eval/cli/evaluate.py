@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rice_eval.environment import launched
 from rice_eval.errors import UsageError
 
 if TYPE_CHECKING:
@@ -273,6 +274,8 @@ def _evaluate(
         executor=run_plan,
         **arguments,
     )
+    if launched()[0] > 0:
+        return  # the first process of torchrun has the records and tells of them
     _show(done, as_json)
     if report:
         files = publish(results)
@@ -287,6 +290,8 @@ def _executor(name: str, address: str | None) -> Any:
         raise UsageError(f"--executor {name} is not known", "choose local or ray")
     if address is not None and name != "ray":
         raise UsageError("--address names a Ray cluster", "add --executor ray")
+    if launched()[1] > 1 and name == "ray":
+        raise UsageError("torchrun and --executor ray both start processes", "use one of them")
     if name == "ray":
         from functools import partial
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import time
 
 # Before anything imports torch: OpenMP threads that wait should spin for some microseconds, then sleep. Spinning for long, as is
 # the default, made the training of small heads more than five times slower on a machine that others use too; sleeping at once
@@ -16,6 +17,7 @@ import typer
 
 from rice_eval import __version__
 from rice_eval.cli import bank, catalogue, data, encoders, evaluate, reference, report, results
+from rice_eval.environment import launched
 from rice_eval.errors import RiceEvalError, one_line
 
 __all__ = ["app", "main"]
@@ -103,7 +105,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _say(text: str) -> None:
-    print(f"error: {text}", file=sys.stderr)
+    rank = launched()[0]
+    torch = sys.modules.get("torch")
+    if rank > 0 and (torch is None or not torch.distributed.is_initialized()):
+        # Every process of torchrun meets this error, and the first one says it. torchrun ends them all as soon as one ends.
+        time.sleep(5)
+        return
+    print(f"error{f' (process {rank})' if rank else ''}: {text}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -108,6 +108,7 @@ class Dataset(ABC):
         palette: RGB a semantic class, for pictures.
         provides: the annotations this split has.
         fingerprint: sha256 over everything that decides images and annotations (see ``files_fingerprint``).
+        left_out: names of what a derived dataset has no image of since it can't be read; records list them as skipped.
     """
 
     name: str
@@ -116,6 +117,11 @@ class Dataset(ABC):
     things: tuple[str, ...] = ()
     palette: tuple[tuple[int, int, int], ...] = ()
     provides: frozenset[Annotation] = frozenset()
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """See the class."""
+        return ()
 
     def __len__(self) -> int:
         raise NotImplementedError

@@ -25,6 +25,7 @@ SPLITS: Mapping[str, tuple[str, ...]] = {
     "coco": ("train2017", "val2017"),
     "coco-panoptic": ("train2017", "val2017"),
     "coco-stuff": ("train2017", "val2017"),
+    "coco-text": ("train", "val"),
     "flickr30k-entities": ("train", "val", "test"),
     "funsd": ("train", "test"),
     "icdar2015": ("train", "test"),
@@ -33,7 +34,11 @@ SPLITS: Mapping[str, tuple[str, ...]] = {
     "roboflow100": ("train", "valid", "test"),
     "scenes": ("train", "val"),
     "sroie": ("train", "val"),
+    "textocr": ("train", "val"),
     "totaltext": ("train", "test"),
+    "union14m": (
+        "artistic", "contextless", "curve", "general", "incomplete", "multi_oriented", "multi_words", "salient",
+    ),  # fmt: skip
     "visual-genome": ("all",),
     "voc-detection": ("trainval", "test"),
     "voc2012": ("train", "val"),

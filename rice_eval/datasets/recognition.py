@@ -6,12 +6,16 @@ it is asked for, and ``faults`` says how many of each there are.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
 import os
 import posixpath
 import re
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
@@ -68,14 +72,15 @@ def _environment(root: Path) -> Any:
 
 
 class LmdbCrops(Dataset):
-    """An LMDB in the field's key layout: ``num-samples``, ``image-%09d``, ``label-%09d``, counted from 1.
+    """One or more LMDBs in the field's key layout: ``num-samples``, ``image-%09d``, ``label-%09d``, counted from 1.
 
     Args:
         split: the name of the folder.
-        root: the folder that holds ``data.mdb``.
+        root: the folder that holds ``data.mdb``, or, at any depth, the folders that do (``training/MJ`` holds ``MJ_train``,
+            ``MJ_valid`` and ``MJ_test``): their entries follow each other in the order of the folders' names.
 
     Raises:
-        DataError: not an LMDB, or no ``num-samples`` in it.
+        DataError: no LMDB there, or no ``num-samples`` in one.
     """
 
     name = "lmdb"
@@ -84,67 +89,81 @@ class LmdbCrops(Dataset):
     def __init__(self, split: str, root: Path) -> None:
         self.split = split
         self.root = root
-        count = self._get("num-samples")
+        self._parts = ((root, ""),) if (root / "data.mdb").is_file() else tuple(_below(root))
+        if not self._parts:
+            raise DataError(f"{root}: holds no data.mdb", "point at the folder of an LMDB, or of several")
+        self._ends = list(itertools.accumulate(self._samples(part) for part, _ in self._parts))
+
+    @staticmethod
+    def _samples(root: Path) -> int:
+        value = _get(root, "num-samples")
         try:
-            if count is None:
+            if value is None:
                 raise ValueError("no num-samples")
-            self._count = int(count)
+            count = int(value)
         except ValueError as error:
             raise DataError(
                 f"{root}: not a recognition set ({error})", "its keys are num-samples, image-%09d, label-%09d"
             ) from error
-        if self._count < 1:
-            raise DataError(f"{root}: num-samples is {self._count}", "make the file again")
-
-    def _get(self, key: str) -> bytes | None:
-        environment = _environment(self.root)
-        import lmdb
-
-        try:
-            with environment.begin() as transaction:
-                value = transaction.get(key.encode())
-        except lmdb.Error as error:
-            raise DataError(f"{self.root}: {key} can't be read ({error})", "fetch the file again") from error
-        return None if value is None else bytes(value)
+        if count < 1:
+            raise DataError(f"{root}: num-samples is {count}", "make the file again")
+        return count
 
     def __len__(self) -> int:
-        return self._count
+        return self._ends[-1]
+
+    def _at(self, index: int) -> tuple[Path, str, int]:
+        """The LMDB that holds an entry, the LMDB's name below the root, and the entry's number in it, from 1."""
+        part = bisect.bisect_right(self._ends, index)
+        root, name = self._parts[part]
+        return root, name, index + 1 - (self._ends[part - 1] if part else 0)
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over every label, and every image's number of bytes."""
-        parts = []
-        for index in range(self._count):
-            label, image = self._get(f"label-{index + 1:09d}"), self._get(f"image-{index + 1:09d}")
-            size = -1 if image is None else len(image)
-            parts.append((str(index), f"{size}:".encode() + (b"\xff" if label is None else label)))
-        return files_fingerprint(parts, {"reader": "lmdb", "format": FORMAT, "samples": self._count})
+        parts, index = [], 0
+        for (root, _), end in zip(self._parts, self._ends):
+            with _reading(root, "an entry") as transaction:
+                for number in range(1, end - index + 1):
+                    label, image = (transaction.get(f"{kind}-{number:09d}".encode()) for kind in ("label", "image"))
+                    size = -1 if image is None else len(image)
+                    parts.append((str(index), f"{size}:".encode() + (b"\xff" if label is None else bytes(label))))
+                    index += 1
+        return files_fingerprint(parts, {"reader": "lmdb", "format": FORMAT, "samples": len(self)})
 
     def image_id(self, index: int) -> str:
-        """The entry's number in the file, from 1."""
-        return f"{index + 1:09d}"
+        """The entry's number in its file, from 1, after the file's folder where there are several."""
+        _, name, number = self._at(index)
+        return f"{name}/{number:09d}" if name else f"{number:09d}"
 
     def _bytes(self, kind: str, index: int) -> bytes:
-        key = f"{kind}-{index + 1:09d}"
-        value = self._get(key)
+        root, _, number = self._at(index)
+        key = f"{kind}-{number:09d}"
+        value = _get(root, key)
         if value is None:
-            raise DataError(f"{self.root}: has no {key}, though num-samples is {self._count}", "make the file again")
+            raise DataError(
+                f"{root}: has no {key}, though num-samples is {self._samples(root)}", "make the file again"
+            )
         return value
+
+    def _label(self, kind: str, index: int) -> str:
+        root, _, number = self._at(index)
+        return f"{root}:{kind}-{number:09d}"
 
     def size(self, index: int) -> tuple[int, int]:
         """See ``Dataset``."""
-        return upright_size(BytesIO(self._bytes("image", index)), f"{self.root}:image-{index + 1:09d}")
+        return upright_size(BytesIO(self._bytes("image", index)), self._label("image", index))
 
     def image(self, index: int) -> Image:
         """See ``Dataset``."""
-        return decode_image(self._bytes("image", index), f"{self.root}:image-{index + 1:09d}")
+        return decode_image(self._bytes("image", index), self._label("image", index))
 
     def label(self, index: int) -> str:
         """The transcript of an entry. Raises DataError where there is none, or where it is not UTF-8."""
         try:
             return self._bytes("label", index).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise DataError(f"{self.root}: label-{index + 1:09d} is not UTF-8 ({error})", "mend the label") from error
+            raise DataError(f"{self._label('label', index)} is not UTF-8 ({error})", "mend the label") from error
 
     def text(self, index: int) -> tuple[TextLine, ...]:
         """See ``Dataset``."""
@@ -153,7 +172,7 @@ class LmdbCrops(Dataset):
     def faults(self, decode: bool = True) -> dict[str, tuple[str, ...]]:
         """Ids of the entries with a corrupt image (where ``decode``), a missing or unreadable label, an empty label."""
         found: dict[str, list[str]] = {"image": [], "label": [], "empty": []}
-        for index in range(self._count):
+        for index in range(len(self)):
             for kind, read in (("label", self.label), ("image", self.image)):
                 if kind == "image" and not decode:
                     continue
@@ -167,14 +186,42 @@ class LmdbCrops(Dataset):
         return {kind: tuple(ids) for kind, ids in found.items()}
 
 
+@contextmanager
+def _reading(root: Path, what: str) -> Iterator[Any]:
+    """A read transaction whose values are views of the file: a value's length costs no read of it."""
+    environment = _environment(root)
+    import lmdb
+
+    try:
+        with environment.begin(buffers=True) as transaction:
+            yield transaction
+    except lmdb.Error as error:
+        raise DataError(f"{root}: {what} can't be read ({error})", "fetch the file again") from error
+
+
+def _get(root: Path, key: str) -> bytes | None:
+    with _reading(root, key) as transaction:
+        value = transaction.get(key.encode())
+        return None if value is None else bytes(value)
+
+
+def _below(root: Path) -> Iterator[tuple[Path, str]]:
+    """Folders below ``root`` that hold an LMDB, with their paths relative to it."""
+    for path in sorted(root.rglob("data.mdb")) if root.is_dir() else ():
+        yield path.parent, path.parent.relative_to(root).as_posix()
+
+
 def lmdb_crops(split: str, data: Path | None, options: Mapping[str, Any]) -> Dataset:
-    """``lmdb``: the split is the path of an LMDB's folder below the data folder (``evaluation/IIIT5k_3000``), or its own name."""
+    """``lmdb``: the split is a path below the data folder (``evaluation/IIIT5k_3000``), or the data folder's own name.
+
+    The folder holds an LMDB, or folders of which each holds one.
+    """
     check_options("lmdb", NoOptions, options)
     fix = f"expected layout: {split}/data.mdb, or --data pointing at the folder {split} itself"
     if data is None:
         raise DataError("dataset 'lmdb' needs files of yours", f"pass --data with a folder; {fix}")
     for root in (data / split, data):
-        if (root / "data.mdb").is_file() and root.resolve().name == posixpath.basename(split):
+        if root.resolve().name == posixpath.basename(split) and ((root / "data.mdb").is_file() or any(_below(root))):
             return LmdbCrops(split, root)
     raise DataError(f"{data / split}: holds no data.mdb", fix)
 
@@ -192,11 +239,23 @@ class LabelFile(FileDataset):
     provides = frozenset({"text"})
 
     def __init__(
-        self, split: str, storage: Storage, images: Sequence[str], texts: Sequence[str], source: str, layout: str
+        self,
+        name: str,
+        split: str,
+        storage: Storage,
+        images: Sequence[str],
+        texts: Sequence[str],
+        sources: Sequence[str],
+        layout: str,
     ) -> None:
+        twice = [image for image, count in Counter(images).items() if count > 1]
+        if twice:
+            raise DataError(
+                f"{', '.join(map(storage.label, sources))}: lists {twice[0]} twice", "remove one of the lines"
+            )
         need_files(storage, images, "image", layout)
         self._texts = tuple(texts)
-        super().__init__("label-file", split, storage, images, annotations=[source], facts={"empty": "don't-care"})
+        super().__init__(name, split, storage, images, annotations=sources, facts={"empty": "don't-care"})
 
     def label(self, index: int) -> str:
         """The transcript of a crop."""
@@ -214,12 +273,25 @@ QUOTED = re.compile(r'^(?P<name>[^,]+),\s*"(?P<text>.*)"$')
 def read_labels(storage: Storage, source: str) -> Iterator[tuple[str, str]]:
     """File name and transcript of every line.
 
-    One form a file: JSON lines with ``filename`` and ``text`` (Union14M), tabs between both, ICDAR's ``name, "text"``, or
-    the first blank between both. A line of the name alone has an empty transcript.
+    One form a file: a JSON object as MMOCR 1.x writes it (``data_list`` of ``img_path`` and one of ``instances`` with its
+    ``text``), JSON lines with ``filename`` and ``text`` as MMOCR 0.x does, tabs between both, ICDAR's ``name, "text"``, or the
+    first blank between both. A line of the name alone has an empty transcript.
 
     Raises:
         DataError: a malformed line.
     """
+    if source.endswith(".json"):
+        content = storage.json(source)
+        for number, entry in enumerate(content.get("data_list", ()) if isinstance(content, dict) else (), 1):
+            try:
+                (instance,) = entry["instances"]
+                yield str(entry["img_path"]), str(instance["text"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise DataError(
+                    f"{storage.label(source)}: entry {number} of data_list has no img_path with one text ({error})",
+                    "mend the entry",
+                ) from error
+        return
     lines = list(storage.lines(source))
     if source.endswith(".jsonl"):
         for number, line in lines:
@@ -251,8 +323,5 @@ def label_file(split: str, data: Path | None, options: Mapping[str, Any]) -> Dat
     storage = open_storage(data, "label-file", layout).rooted([source], "label-file", layout)
     rows = list(read_labels(storage, source))
     names = [name for name, _ in rows]
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"{storage.label(source)}: lists {twice} twice", "remove one of the lines")
     paths = [posixpath.join(folder, name) for name in names]
-    return LabelFile(split, storage, paths, [text for _, text in rows], source, layout)
+    return LabelFile("label-file", split, storage, paths, [text for _, text in rows], [source], layout)

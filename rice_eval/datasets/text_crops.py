@@ -173,7 +173,8 @@ class TextCrops(Dataset):
         max_aspect: widest crop in heights; longer lines are squeezed, and counted in ``squeezed``.
 
     Attributes:
-        unreadable: ids of entries of a recognition set whose image or label can't be read; they make no crop.
+        unreadable: ids of entries of a recognition set whose image can't be decoded or whose label can't be read; they make
+            no crop, and a record lists them among the images it left out.
     """
 
     provides = frozenset({"text"})
@@ -195,6 +196,8 @@ class TextCrops(Dataset):
         for index in range(len(self.base)):
             try:
                 lines: Sequence[TextLine] = self.base.text(index)
+                if lenient:
+                    self.base.image(index)  # a damaged body is found here, not halfway through a pass
             except DataError:
                 if not lenient:
                     raise
@@ -216,6 +219,11 @@ class TextCrops(Dataset):
     def unreadable(self) -> tuple[str, ...]:
         """See the class."""
         return self._found[2]
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """``unreadable``, after the split's name: numbers of two LMDBs are alike."""
+        return tuple(f"{self.split}:{key}" for key in self.unreadable)
 
     @property
     def squeezed(self) -> int:

@@ -21,8 +21,8 @@ __all__ = ["AUGMENTS", "Augment", "AugmentName", "colours", "from_hsv", "resize_
 
 Image = NDArray[np.uint8]
 Labels = NDArray[np.int64]
-AugmentName = Literal["mmseg", "dinov3", "vfm"]
-AUGMENTS: tuple[AugmentName, ...] = ("mmseg", "dinov3", "vfm")
+AugmentName = Literal["mmseg", "dinov3", "vfm", "none"]
+AUGMENTS: tuple[AugmentName, ...] = ("mmseg", "dinov3", "vfm", "none")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Augment:
     ``dinov3``  the same order with Pillow's antialiased filters and torchvision's saturation and hue
     ``vfm``     benchmark-vfm-ss: torchvision's colours, flip, ``ScaleJitter`` (the whole image fits the crop at scale 1), padding,
                 a crop that holds at least one label
+    ``none``    not made here: the online engine then trains on the test view
     ==========  =========================================================================================================
 
     Attributes:

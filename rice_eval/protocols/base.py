@@ -105,6 +105,7 @@ class Protocol:
         needs: annotations that the dataset must provide.
         abilities: what the encoder must be able to do besides ``encode`` (``text``, ``image``, ``regions``).
         metric: the headline metric.
+        distributed: whether the processes that ``torchrun`` started share its work; one that does not runs in the first alone.
     """
 
     id: ClassVar[str]
@@ -113,6 +114,7 @@ class Protocol:
     needs: ClassVar[frozenset[Annotation]] = frozenset()
     abilities: ClassVar[frozenset[str]] = frozenset()
     metric: ClassVar[str]
+    distributed: ClassVar[bool] = False
 
     view: str
     norm: bool = True

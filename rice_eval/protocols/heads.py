@@ -46,6 +46,7 @@ class HeadImport(Protocol):
     kind: ClassVar[str] = "segmentation"
     needs: ClassVar[frozenset[Annotation]] = frozenset({"semantic"})
     metric: ClassVar[str] = "miou"
+    distributed: ClassVar[bool] = True
 
     view: str = "short=512,slide=341,pad=patch,interp=plain"
     tokens: str = "online"

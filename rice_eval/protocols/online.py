@@ -6,27 +6,37 @@ process.
 
 from __future__ import annotations
 
-import atexit
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as Samples
 
 from rice_eval.adapters.base import Encoder, EncoderFacts
-from rice_eval.datasets.base import Annotation, Dataset
+from rice_eval.datasets.base import IGNORE, Annotation, Dataset
 from rice_eval.errors import DataError, UsageError
 from rice_eval.protocols.augment import AUGMENTS, Augment, AugmentName
 from rice_eval.protocols.base import Context, Head, Outcome, Protocol
-from rice_eval.protocols.online_head import PixelHead, Precision, features_of, pixel_loss, world
+from rice_eval.protocols.online_head import (
+    PixelHead,
+    Precision,
+    count_over_processes,
+    features_of,
+    join_processes,
+    pixel_loss,
+    shared,
+    world,
+)
 from rice_eval.protocols.online_infer import averaged_views, mean_colour, segment
 from rice_eval.protocols.online_state import Checkpoint
 from rice_eval.protocols.schedules import SCHEDULES, ScheduleName, schedule
@@ -34,6 +44,11 @@ from rice_eval.protocols.segmentation import LAYER_SETS, LayerSet, Scorer, check
 from rice_eval.views import View
 
 __all__ = ["OnlineLinear", "evaluate_online", "score_online"]
+
+_Image = NDArray[np.uint8]
+_Labels = NDArray[np.int64]
+_Random = np.random.Generator
+_Sample = tuple[_Image, _Labels]
 
 
 @dataclass(frozen=True)
@@ -51,7 +66,8 @@ class OnlineLinear(Protocol):
         steps, batch: optimiser steps, and images a step (over all processes).
         schedule, warmup, warmup_ratio, power: see ``rice_eval.protocols.schedules``.
         augment, side, ratios, crop, cat_max_ratio, flip, brightness, contrast, saturation, hue: see
-            ``rice_eval.protocols.augment``; ``side`` and ``crop`` in pixels, or in patches as in ``32p``.
+            ``rice_eval.protocols.augment``; ``side`` and ``crop`` in pixels, or in patches as in ``32p``. ``augment`` ``none`` trains
+            on ``view`` as it is, which must give one window of one size an image: what the banked protocols see.
         average_ignored: see ``rice_eval.protocols.online_head.pixel_loss``.
         precision: of the encoder's forward.
         squeeze: see ``rice_eval.protocols.segmentation.scaled_logits``; in training too.
@@ -62,6 +78,7 @@ class OnlineLinear(Protocol):
     kind: ClassVar[str] = "segmentation"
     needs: ClassVar[frozenset[Annotation]] = frozenset({"semantic"})
     metric: ClassVar[str] = "miou"
+    distributed: ClassVar[bool] = True
 
     view: str = "short=512,slide=341,pad=patch,interp=plain"
     tokens: str = "online"
@@ -103,6 +120,8 @@ class OnlineLinear(Protocol):
         check_choice("tokens", self.tokens, ("online",))
         View.parse(f"square={self.side}")
         View.parse(f"square={self.crop}")
+        if self.augment == "none" and View.parse(self.view).base not in ("square", "letterbox"):
+            raise ValueError("augment none needs a view of one size, such as square=224")
         if len(self.betas) != 2 or len(self.ratios) != 2 or not self.scales:
             raise ValueError("betas and ratios have two values each, scales at least one")
         if min(self.steps, self.batch) < 1 or not 0 <= self.warmup <= self.steps:
@@ -120,7 +139,7 @@ class OnlineLinear(Protocol):
 
     def run(self, context: Context) -> Outcome:
         """See ``Protocol.run``. The settings are the recipe's, so nothing is held out and nothing chosen."""
-        _join_processes(context.device)
+        join_processes(context.device)
         counted = _Count()
         start = time.perf_counter()
         head, resumed = self.fit(context, counted)
@@ -140,11 +159,13 @@ class OnlineLinear(Protocol):
             panels=tuple(scorer.panels),
             warnings=(*notes, *scorer.warnings()),
             predictions=scorer.predictions,
-            forwards=counted.images + tested,
+            forwards=count_over_processes(counted.images, context.device) + tested,
         )
 
-    def augmentation(self, patch: int, fill: tuple[int, int, int]) -> Augment:
+    def augmentation(self, patch: int, fill: tuple[int, int, int]) -> Callable[[_Image, _Labels, _Random], _Sample]:
         """The training view for an encoder of this patch."""
+        if self.augment == "none":
+            return partial(_as_tested, View.parse(self.view).resolve(patch), fill)
         return Augment(
             kind=self.augment,
             side=View.parse(f"square={self.side}").resolve(patch).side,
@@ -190,7 +211,7 @@ class OnlineLinear(Protocol):
             context.scratch,
             {"protocol": self.hash, "encoder": facts.sha256, "train": context.train.fingerprint, "classes": classes},
         )
-        state = _shared(checkpoint.load() if rank == 0 else None)
+        state = shared(checkpoint.load() if rank == 0 else None)
         first = 0
         if state is not None:
             head.load_state_dict(state["head"])
@@ -254,8 +275,9 @@ def score_online(
     """Predict and score the test split, its images shared by all processes.
 
     Returns:
-        The scorer, the same in every process, and the windows that this process pushed through the encoder.
+        The scorer and the windows pushed through the encoder, the same in every process.
     """
+    join_processes(context.device)
     rank, processes = world()
     indices = range(len(context.test))
     scorer = Scorer(context.test, indices, context.panels, context.keep_predictions)
@@ -269,7 +291,13 @@ def score_online(
         parts: list[Any] = [None] * processes
         dist.all_gather_object(parts, scorer.state())
         scorer.merge(parts)
-    return scorer, counted.images
+    return scorer, count_over_processes(counted.images, context.device)
+
+
+def _as_tested(view: View, fill: tuple[int, int, int], image: _Image, labels: _Labels, rng: _Random) -> _Sample:
+    """A training sample that is the test view."""
+    ((window, frame),) = view.apply(image, fill)
+    return window, frame.mask(labels, IGNORE)
 
 
 class _Count:
@@ -285,7 +313,9 @@ class _Count:
 class _Crops(Samples[tuple[Tensor, Tensor]]):
     """Augmented crops by position: position = step * batch + slot; epochs are seeded shuffles, one after the other."""
 
-    def __init__(self, dataset: Dataset, augment: Augment, seed: int, batch: int) -> None:
+    def __init__(
+        self, dataset: Dataset, augment: Callable[[_Image, _Labels, _Random], _Sample], seed: int, batch: int
+    ) -> None:
         self._dataset, self._augment, self._seed, self._batch = dataset, augment, seed, batch
         self._epoch: tuple[int, np.ndarray[Any, Any]] = (-1, np.zeros(0, dtype=np.int64))
 
@@ -345,25 +375,3 @@ def _sum_gradients(head: PixelHead) -> None:
         for parameter in head.parameters():
             if parameter.grad is not None:
                 dist.all_reduce(parameter.grad)
-
-
-def _shared(value: Any) -> Any:
-    """What the first process has, for all."""
-    if world()[1] == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _join_processes(device: torch.device) -> None:
-    """Join the processes that ``torchrun`` started, if it did."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        # A group still open at exit leaves threads behind that abort the interpreter now and then.
-        atexit.register(_leave_processes)
-
-
-def _leave_processes() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Sequence
-from typing import Literal
+from datetime import timedelta
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -12,8 +14,19 @@ from torch.nn import functional as F
 
 from rice_eval.adapters.base import Encoder
 from rice_eval.datasets.base import IGNORE
+from rice_eval.environment import launched
 
-__all__ = ["PixelHead", "Precision", "features_of", "pixel_loss", "sum_over_processes", "world"]
+__all__ = [
+    "PixelHead",
+    "Precision",
+    "count_over_processes",
+    "features_of",
+    "join_processes",
+    "pixel_loss",
+    "shared",
+    "sum_over_processes",
+    "world",
+]
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,6 +45,38 @@ def sum_over_processes(value: Tensor) -> Tensor:
     if world()[1] > 1:
         dist.all_reduce(value)
     return value
+
+
+def count_over_processes(count: int, device: torch.device) -> int:
+    """The sum of a count over all processes."""
+    return int(sum_over_processes(torch.tensor(count, device=device)))
+
+
+def shared(value: Any) -> Any:
+    """What the first process has, for all."""
+    if world()[1] == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def join_processes(device: torch.device) -> None:
+    """Join the processes that ``torchrun`` started, if it did and they have not met yet."""
+    if launched()[1] == 1 or dist.is_initialized():
+        return
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    # The first process may be at work alone for long (protocols on the bank, intervals) while the others wait here.
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(days=7))
+    # A group still open at exit leaves threads behind that abort the interpreter now and then.
+    atexit.register(_leave_processes)
+
+
+def _leave_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def features_of(

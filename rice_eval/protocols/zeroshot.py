@@ -37,6 +37,7 @@ class ZeroShotSeg(Protocol):
     needs: ClassVar[frozenset[Annotation]] = frozenset({"semantic"})
     abilities: ClassVar[frozenset[str]] = frozenset({"text"})
     metric: ClassVar[str] = "miou"
+    distributed: ClassVar[bool] = True
 
     tokens: str = "online"
     templates: tuple[str, ...] = ("a photo of a {}.", "a photo of the {}.", "there is a {} in the scene.")

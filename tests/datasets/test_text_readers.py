@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import zipfile
 from io import BytesIO
 from pathlib import Path
@@ -271,6 +272,24 @@ def test_lmdb_faults_of_the_file(tmp_path: Path) -> None:
         load_dataset("lmdb", "broken", tmp_path)
 
 
+def test_a_folder_of_lmdbs_is_one_split(tmp_path: Path) -> None:
+    """MJSynth as everyone ships it: three LMDBs below ``training/MJ``."""
+    other = {"num-samples": b"1", "image-000000001": encoded(9), "label-000000001": b"second"}
+    write_lmdb(tmp_path / "training" / "MJ" / "MJ_train", crops())
+    write_lmdb(tmp_path / "training" / "MJ" / "MJ_valid", other)
+    data: Any = load_dataset("lmdb", "training/MJ", tmp_path)
+    assert len(data) == 6
+    assert [data.image_id(i) for i in (0, 4, 5)] == ["MJ_train/000000001", "MJ_train/000000005", "MJ_valid/000000001"]
+    assert data.label(5) == "second"
+    assert data.image(5)[0, 0].tolist() == [9, 0, 0]
+    assert data.faults()["image"] == ("MJ_train/000000002",)
+    alone = load_dataset("lmdb", "training/MJ/MJ_valid", tmp_path)
+    assert (len(alone), alone.image_id(0)) == (1, "000000001")
+    assert alone.fingerprint != data.fingerprint
+    with pytest.raises(DataError, match="MJ_train:image-000000002"):
+        data.image(1)
+
+
 def test_lmdb_fingerprint_changes_with_a_label(tmp_path: Path) -> None:
     write_lmdb(tmp_path / "a" / "set", crops())
     write_lmdb(tmp_path / "b" / "set", {**crops(), "label-000000001": b"Hallo"})
@@ -301,7 +320,117 @@ def test_label_files(tmp_path: Path, name: str, body: str) -> None:
         load_dataset("label-file", "val", tmp_path, options)
 
 
+def union14m(root: Path, benchmark_prefix: str, train_prefix: str, suffix: str) -> None:
+    """Two crops of a benchmark and one a difficulty, in the folders and forms that Union14M unpacks to."""
+
+    def table(rows: list[tuple[str, str]]) -> str:
+        if suffix == "jsonl":
+            return "".join(json.dumps({"filename": name, "text": text}) + "\n" for name, text in rows)
+        entries = [{"img_path": name, "instances": [{"text": text}]} for name, text in rows]
+        return json.dumps({"metainfo": {"task_name": "textrecog"}, "data_list": entries})
+
+    bench = root / "Union14M-Benchmarks" / "curve"
+    put(bench / f"annotation.{suffix}", table([(f"{benchmark_prefix}a.png", "CURVE"), (f"{benchmark_prefix}b.png", "")]))
+    for name in "ab":
+        photo(bench / "imgs" / f"{name}.png")
+    folder = "mmocr-0.x" if suffix == "jsonl" else "mmocr1.0"
+    for k, level in enumerate(("easy", "medium", "normal", "hard", "challenging")):
+        rows = [(f"{train_prefix}art_curve/imgs/{k}.png", level)]
+        put(root / "train_annos" / folder / f"train_{level}.{suffix}", table(rows))
+        photo(root / "full_images" / "art_curve" / "imgs" / f"{k}.png")
+
+
+@pytest.mark.parametrize(
+    ("benchmark_prefix", "train_prefix", "suffix"),
+    [("curve/imgs/", "", "jsonl"), ("imgs/", "full_images/", "json"), ("", "full_images/", "jsonl")],
+)
+def test_union14m(tmp_path: Path, benchmark_prefix: str, train_prefix: str, suffix: str) -> None:
+    root = tmp_path / "Union14M-L"
+    union14m(root, benchmark_prefix, train_prefix, suffix)
+    data = load_dataset("union14m", "curve", tmp_path)
+    assert [data.text(i)[0].text for i in range(2)] == ["CURVE", ""]
+    assert [data.text(i)[0].ignore for i in range(2)] == [False, True]
+    assert data.fingerprint == load_dataset("union14m", "curve", root).fingerprint
+    train = load_dataset("union14m", "train", root)
+    assert [train.text(i)[0].text for i in range(5)] == ["easy", "medium", "normal", "hard", "challenging"]
+    assert load_dataset("union14m", "train_hard", root).text(0)[0].text == "hard"
+    assert train.image(0).shape[2] == 3
+    assert {(f.image, f.level) for f in check("union14m", root, splits=["curve"])} == {("b", "note")}
+    with pytest.raises(DataError, match="holds no val_annos.jsonl"):
+        load_dataset("union14m", "val", root)
+    with pytest.raises(DataError, match="artistic"):
+        load_dataset("union14m", "artistic", root)
+    with pytest.raises(DataError, match="no split 'curved'"):
+        load_dataset("union14m", "curved", root)
+    (root / "full_images" / "art_curve" / "imgs" / "3.png").unlink()
+    with pytest.raises(DataError, match=r"3.png: no such image \(1 of 5 missing\)"):
+        load_dataset("union14m", "train", root)
+    shutil.rmtree(root / "Union14M-Benchmarks" / "curve" / "imgs")
+    with pytest.raises(DataError, match="no such image below"):
+        load_dataset("union14m", "curve", root)
+
+
+def words_table(root: Path, name: str, key: str, folder: str) -> dict[str, Any]:
+    """A table of two training images and one of val, with a legible word, an illegible one and one without a polygon."""
+    entries = {
+        "1": {"id": 1, "set": "train", "width": 12, "height": 8, "file_name": "train/b.jpg"},
+        "2": {"id": 2, "set": "train", "width": 12, "height": 8, "file_name": "train/a.jpg"},
+        "3": {"id": 3, "set": "val", "width": 12, "height": 8, "file_name": "train/c.jpg"},
+    }
+    shape = {"bbox": [1.0, 2.0, 10.0, 5.0], key: [1, 2, 11, 2, 12, 6, 1, 7]}
+    anns = {
+        "7": {"id": 7, "image_id": 1, "utf8_string": "Hi", "legibility": "legible", **shape},
+        "8": {"id": 8, "image_id": 1, "utf8_string": "." if key == "points" else "", "legibility": "illegible", **shape},
+        "9": {"id": 9, "image_id": 3, "utf8_string": "ça", "legibility": "legible", **shape, key: []},
+    }
+    table = {"imgs": entries, "anns": anns, "imgToAnns": {"1": [7, 8], "2": [], "3": [9]}}
+    put(root / name, json.dumps(table))
+    for letter in "abc":
+        photo(root / folder / f"{letter}.jpg")
+    return table
+
+
+def test_coco_text(tmp_path: Path) -> None:
+    table = words_table(tmp_path, "cocotext.v2.json", "mask", "train2014")
+    data = load_dataset("coco-text", "train", tmp_path)
+    assert [data.image_id(i) for i in range(len(data))] == ["b", "a"]
+    legible, not_legible = data.text(0)
+    assert (legible.text, legible.ignore, legible.polygon.tolist()) == ("Hi", False, [[1, 2], [11, 2], [12, 6], [1, 7]])
+    assert not_legible.ignore
+    assert data.text(1) == ()
+    (word,) = load_dataset("coco-text", "val", tmp_path).text(0)
+    assert (word.text, word.polygon.tolist()) == ("ça", [[1, 2], [11, 2], [11, 7], [1, 7]])
+    boxes = load_dataset("coco-text", "train", tmp_path, {"outline": "box"})
+    assert boxes.text(0)[0].polygon.tolist() == [[1, 2], [11, 2], [11, 7], [1, 7]]
+    assert boxes.fingerprint != data.fingerprint
+    assert np.array_equal(pickle.loads(pickle.dumps(data)).text(0)[0].polygon, legible.polygon)
+    assert [f.level for f in check("coco-text", tmp_path)] == ["note"]
+    del table["anns"]["7"]["legibility"]
+    put(tmp_path / "cocotext.v2.json", json.dumps(table))
+    with pytest.raises(DataError, match="image 1: a malformed entry"):
+        load_dataset("coco-text", "train", tmp_path)
+    put(tmp_path / "cocotext.v2.json", "{}")
+    with pytest.raises(DataError, match="has no tables imgs, anns and imgToAnns"):
+        load_dataset("coco-text", "train", tmp_path)
+
+
+def test_textocr(tmp_path: Path) -> None:
+    words_table(tmp_path, "TextOCR_0.1_train.json", "points", "train_images")
+    data = load_dataset("textocr", "train", tmp_path)
+    assert len(data) == 3
+    assert [(t.text, t.ignore) for t in data.text(0)] == [("Hi", False), (".", True)]
+    assert data.image(0).shape == (8, 12, 3)
+    with pytest.raises(DataError, match="TextOCR_0.1_val.json"):
+        load_dataset("textocr", "val", tmp_path)
+    (tmp_path / "train_images" / "c.jpg").unlink()
+    with pytest.raises(DataError, match=r"c.jpg: no such image \(1 of 3 missing\)"):
+        load_dataset("textocr", "train", tmp_path)
+
+
 def test_malformed_label_files(tmp_path: Path) -> None:
+    put(tmp_path / "val.json", '{"data_list": [{"img_path": "1.png", "instances": []}]}')
+    with pytest.raises(DataError, match="entry 1 of data_list has no img_path with one text"):
+        load_dataset("label-file", "val", tmp_path, {"labels": "val.json"})
     put(tmp_path / "val.jsonl", '{"filename": "1.png"}\n')
     with pytest.raises(DataError, match="val.jsonl:1: not an object with filename and text"):
         load_dataset("label-file", "val", tmp_path, {"labels": "val.jsonl"})
