@@ -128,6 +128,7 @@ datasets: Registry[object] = Registry(
     {
         "scenes": "rice_eval.datasets.scenes:factory",
         "scenes-text": "rice_eval.datasets.scenes_text_set:factory",
+        "scenes-vqa": "rice_eval.datasets.scenes_vqa:factory",
         "coco-panoptic": "rice_eval.datasets.coco_panoptic:factory",
         "ade20k": "rice_eval.datasets.segmentation:ade20k",
         "cityscapes": "rice_eval.datasets.segmentation:cityscapes",

@@ -37,8 +37,15 @@ SPLITS: Mapping[str, tuple[str, ...]] = {
     "textocr": ("train", "val"),
     "totaltext": ("train", "test"),
     "union14m": (
-        "artistic", "contextless", "curve", "general", "incomplete", "multi_oriented", "multi_words", "salient",
-    ),  # fmt: skip
+        "artistic",
+        "contextless",
+        "curve",
+        "general",
+        "incomplete",
+        "multi_oriented",
+        "multi_words",
+        "salient",
+    ),
     "visual-genome": ("all",),
     "voc-detection": ("trainval", "test"),
     "voc2012": ("train", "val"),

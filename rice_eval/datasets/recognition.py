@@ -141,9 +141,7 @@ class LmdbCrops(Dataset):
         key = f"{kind}-{number:09d}"
         value = _get(root, key)
         if value is None:
-            raise DataError(
-                f"{root}: has no {key}, though num-samples is {self._samples(root)}", "make the file again"
-            )
+            raise DataError(f"{root}: has no {key}, though num-samples is {self._samples(root)}", "make the file again")
         return value
 
     def _label(self, kind: str, index: int) -> str:

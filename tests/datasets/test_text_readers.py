@@ -330,7 +330,9 @@ def union14m(root: Path, benchmark_prefix: str, train_prefix: str, suffix: str) 
         return json.dumps({"metainfo": {"task_name": "textrecog"}, "data_list": entries})
 
     bench = root / "Union14M-Benchmarks" / "curve"
-    put(bench / f"annotation.{suffix}", table([(f"{benchmark_prefix}a.png", "CURVE"), (f"{benchmark_prefix}b.png", "")]))
+    put(
+        bench / f"annotation.{suffix}", table([(f"{benchmark_prefix}a.png", "CURVE"), (f"{benchmark_prefix}b.png", "")])
+    )
     for name in "ab":
         photo(bench / "imgs" / f"{name}.png")
     folder = "mmocr-0.x" if suffix == "jsonl" else "mmocr1.0"
@@ -380,7 +382,13 @@ def words_table(root: Path, name: str, key: str, folder: str) -> dict[str, Any]:
     shape = {"bbox": [1.0, 2.0, 10.0, 5.0], key: [1, 2, 11, 2, 12, 6, 1, 7]}
     anns = {
         "7": {"id": 7, "image_id": 1, "utf8_string": "Hi", "legibility": "legible", **shape},
-        "8": {"id": 8, "image_id": 1, "utf8_string": "." if key == "points" else "", "legibility": "illegible", **shape},
+        "8": {
+            "id": 8,
+            "image_id": 1,
+            "utf8_string": "." if key == "points" else "",
+            "legibility": "illegible",
+            **shape,
+        },
         "9": {"id": 9, "image_id": 3, "utf8_string": "ça", "legibility": "legible", **shape, key: []},
     }
     table = {"imgs": entries, "anns": anns, "imgToAnns": {"1": [7, 8], "2": [], "3": [9]}}
