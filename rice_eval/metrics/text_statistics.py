@@ -16,13 +16,14 @@ Floats = NDArray[np.float64]
 
 
 class TextStatistics(RatioStatistics):
-    """``RatioStatistics`` with groups of lines.
+    """``RatioStatistics`` with groups of lines, kept image by image, so that a group's value has an interval too.
 
     Args:
         image_ids, numerators, denominators, metrics: see ``RatioStatistics``.
-        groups: G names of groups (``height 8-10 px``).
-        group_numerators: ``(G, M)`` over all images.
-        group_denominators: ``(G, M)``.
+        groups: G names of groups (``height 8-12 px``).
+        shares: ``(E, 2)`` int: the numbers of an image and of a group, once each pair.
+        share_numerators: ``(E, M)``: what the image's lines of the group add up to.
+        share_denominators: ``(E, M)``.
     """
 
     kind: ClassVar[str] = "text"
@@ -34,49 +35,74 @@ class TextStatistics(RatioStatistics):
         denominators: Floats,
         metrics: Sequence[str],
         groups: Sequence[str] = (),
-        group_numerators: Floats | None = None,
-        group_denominators: Floats | None = None,
+        shares: NDArray[np.integer] | None = None,
+        share_numerators: Floats | None = None,
+        share_denominators: Floats | None = None,
     ) -> None:
         super().__init__(tuple(image_ids), numerators, denominators, tuple(metrics))
         self.groups = tuple(groups)
-        shape = (len(self.groups), len(self.metrics))
-        empty = np.zeros(shape)
-        self.group_numerators = empty if group_numerators is None else np.asarray(group_numerators, dtype=np.float64)
-        self.group_denominators = (
-            empty if group_denominators is None else np.asarray(group_denominators, dtype=np.float64)
+        self.shares = np.zeros((0, 2), dtype=np.int64) if shares is None else np.asarray(shares, dtype=np.int64)
+        empty = np.zeros((0, len(self.metrics)))
+        self.share_numerators = empty if share_numerators is None else np.asarray(share_numerators, dtype=np.float64)
+        self.share_denominators = (
+            empty if share_denominators is None else np.asarray(share_denominators, dtype=np.float64)
         )
-        if not self.group_numerators.shape == self.group_denominators.shape == shape:
-            raise ValueError("numerators and denominators of groups must be (groups, metrics)")
+        rows = (len(self.shares), len(self.metrics))
+        if not self.share_numerators.shape == self.share_denominators.shape == rows:
+            raise ValueError("numerators and denominators of shares must be (shares, metrics)")
+
+    def by_group(self, metric: str) -> RatioStatistics:
+        """Statistics of one metric whose metrics are the groups: bootstraps and compares like any other.
+
+        Raises:
+            ValueError: no such metric.
+        """
+        m = self.metrics.index(metric)
+        sums = np.zeros((2, len(self), len(self.groups)))
+        images, groups = self.shares.T
+        sums[0, images, groups] = self.share_numerators[:, m]
+        sums[1, images, groups] = self.share_denominators[:, m]
+        return RatioStatistics(self.image_ids, sums[0], sums[1], self.groups)
 
     def per_class(self) -> dict[str, dict[str, float]]:
         """Metric -> group -> value; metrics that no group has are left out."""
-        out = {}
-        for m, name in enumerate(self.metrics):
-            if not self.group_denominators[:, m].any():
-                continue
-            with np.errstate(invalid="ignore", divide="ignore"):
-                values = 100.0 * self.group_numerators[:, m] / self.group_denominators[:, m]
-            out[name] = {group: float(v) for group, v in zip(self.groups, values)}
-        return out
+        sums = np.zeros((2, len(self.groups), len(self.metrics)))
+        np.add.at(sums[0], self.shares[:, 1], self.share_numerators)
+        np.add.at(sums[1], self.shares[:, 1], self.share_denominators)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            values = 100.0 * sums[0] / sums[1]
+        return {
+            name: {group: float(v) for group, v in zip(self.groups, values[:, m])}
+            for m, name in enumerate(self.metrics)
+            if sums[1, :, m].any()
+        }
 
     def concat(self, other: Statistics) -> TextStatistics:
-        """See ``Statistics.concat``; groups of both are added up."""
+        """See ``Statistics.concat``; groups of the same name become one."""
         plain = super().concat(other)
-        assert isinstance(other, RatioStatistics)
-        joined = TextStatistics(plain.image_ids, plain.numerators, plain.denominators, plain.metrics)
-        if isinstance(other, TextStatistics) and other.groups == self.groups:
-            joined.groups = self.groups
-            joined.group_numerators = self.group_numerators + other.group_numerators
-            joined.group_denominators = self.group_denominators + other.group_denominators
-        return joined
+        theirs = other if isinstance(other, TextStatistics) else TextStatistics((), *np.zeros((2, 0, 0)), ())
+        groups = tuple(dict.fromkeys((*self.groups, *theirs.groups)))
+        moved = theirs.shares + (len(self), 0)
+        moved[:, 1] = np.array([groups.index(g) for g in theirs.groups], dtype=np.int64)[theirs.shares[:, 1]]
+        return TextStatistics(
+            plain.image_ids,
+            plain.numerators,
+            plain.denominators,
+            plain.metrics,
+            groups,
+            np.concatenate([self.shares, moved]),
+            np.concatenate([self.share_numerators, theirs.share_numerators.reshape(-1, len(self.metrics))]),
+            np.concatenate([self.share_denominators, theirs.share_denominators.reshape(-1, len(self.metrics))]),
+        )
 
     def arrays(self) -> dict[str, NDArray[np.generic]]:
         """See ``Statistics.arrays``."""
         return {
             **super().arrays(),
             "groups": np.array(self.groups, dtype=np.str_),
-            "group_numerators": self.group_numerators,
-            "group_denominators": self.group_denominators,
+            "shares": self.shares.astype(np.int32),
+            "share_numerators": self.share_numerators,
+            "share_denominators": self.share_denominators,
         }
 
     @classmethod
@@ -88,8 +114,9 @@ class TextStatistics(RatioStatistics):
             np.asarray(arrays["denominators"], dtype=np.float64),
             tuple(str(m) for m in arrays["metrics"]),
             tuple(str(g) for g in arrays["groups"]),
-            np.asarray(arrays["group_numerators"], dtype=np.float64),
-            np.asarray(arrays["group_denominators"], dtype=np.float64),
+            np.asarray(arrays["shares"], dtype=np.int64),
+            np.asarray(arrays["share_numerators"], dtype=np.float64),
+            np.asarray(arrays["share_denominators"], dtype=np.float64),
         )
 
 
@@ -103,7 +130,7 @@ class TextSums:
     def __init__(self, metrics: Sequence[str]) -> None:
         self.metrics = tuple(metrics)
         self._images: dict[str, Floats] = {}
-        self._groups: dict[str, Floats] = {}
+        self._groups: dict[tuple[str, str], Floats] = {}
 
     def image(self, image_id: str) -> None:
         """Make sure that an image counts, even where it has nothing to score."""
@@ -112,24 +139,32 @@ class TextSums:
     def add(
         self, image_id: str, numerators: Sequence[float], denominators: Sequence[float], groups: Sequence[str] = ()
     ) -> None:
-        """Add a share of M numerators and denominators to an image and to groups."""
-        share = np.array([numerators, denominators], dtype=np.float64)
+        """Add a share of M numerators and denominators to an image and to groups of its lines."""
         self.image(image_id)
-        self._images[image_id] += share
-        self.groups(numerators, denominators, groups)
+        self._images[image_id] += np.array([numerators, denominators], dtype=np.float64)
+        self.groups(image_id, numerators, denominators, groups)
 
-    def groups(self, numerators: Sequence[float], denominators: Sequence[float], groups: Sequence[str]) -> None:
-        """Add a share to groups alone."""
+    def groups(
+        self, image_id: str, numerators: Sequence[float], denominators: Sequence[float], groups: Sequence[str]
+    ) -> None:
+        """Add a share to groups of an image's lines alone."""
+        self.image(image_id)
         share = np.array([numerators, denominators], dtype=np.float64)
         for group in groups:
-            self._groups.setdefault(group, np.zeros((2, len(self.metrics))))
-            self._groups[group] += share
+            self._groups.setdefault((image_id, group), np.zeros((2, len(self.metrics))))
+            self._groups[image_id, group] += share
 
     def statistics(self, groups: Sequence[str] | None = None) -> TextStatistics:
         """Images in the order they came; ``groups`` in the order given, else sorted."""
-        order = [g for g in groups if g in self._groups] if groups is not None else sorted(self._groups)
+        met = {group for _, group in self._groups}
+        order = [g for g in groups if g in met] if groups is not None else sorted(met)
         images = np.array(list(self._images.values())).reshape(-1, 2, len(self.metrics))
-        parts = np.array([self._groups[g] for g in order]).reshape(-1, 2, len(self.metrics))
+        image_numbers = {name: k for k, name in enumerate(self._images)}
+        group_numbers = {name: k for k, name in enumerate(order)}
+        kept = [(key, share) for key, share in self._groups.items() if key[1] in group_numbers]
+        parts = np.array([share for _, share in kept]).reshape(-1, 2, len(self.metrics))
+        numbers = [(image_numbers[image], group_numbers[group]) for (image, group), _ in kept]
         return TextStatistics(
-            list(self._images), images[:, 0], images[:, 1], self.metrics, order, parts[:, 0], parts[:, 1]
-        )
+            list(self._images), images[:, 0], images[:, 1], self.metrics, order,
+            np.array(numbers, dtype=np.int64).reshape(-1, 2), parts[:, 0], parts[:, 1],
+        )  # fmt: skip

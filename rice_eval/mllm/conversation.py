@@ -69,10 +69,12 @@ class Example:
     Attributes:
         turns: from the first to the last; an answer last.
         images: for the ``<image>`` marks of all turns, in order; without any mark they come before the first user's words.
+        plain: no template: images, the last turn's words, a newline (LLaVA's captions of stage 1, ``--version plain``).
     """
 
     turns: tuple[Turn, ...]
     images: tuple[Picture, ...] = ()
+    plain: bool = False
 
     def __post_init__(self) -> None:
         if not self.turns or self.turns[-1].role != "assistant":

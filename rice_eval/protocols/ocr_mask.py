@@ -314,7 +314,7 @@ class _MaskScorer:
         for i in result.truths:
             groups = groups_of(lines[i], facts[i] if facts is not None else None)
             self._names += groups
-            self._sums.groups((0, 0, float(i in matched), 0, 0), (0, 0, 1, 0, 0), groups)
+            self._sums.groups(name, (0, 0, float(i in matched), 0, 0), (0, 0, 1, 0, 0), groups)
         shown = Polygons(tuple(found), ("",) * len(found))
         truth = [line for line in lines if not line.ignore]
         if self._wanted:

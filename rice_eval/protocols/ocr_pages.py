@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from rice_eval.adapters.base import Encoder, EncoderFacts
 from rice_eval.datasets.base import Annotation, Dataset, TextLine
-from rice_eval.datasets.text_crops import TextCrops, crop_of
+from rice_eval.datasets.text_crops import TextCrops, crop_of, line_facts
 from rice_eval.metrics.text import distance, word_distance
 from rice_eval.metrics.text_boxes import match
 from rice_eval.metrics.text_statistics import TextStatistics, TextSums
 from rice_eval.protocols.base import Context, Outcome, Panel, Protocol
 from rice_eval.protocols.ocr import CtcLinear
-from rice_eval.protocols.ocr_lines import LineReader, as_batch, columns, spread
+from rice_eval.protocols.ocr_lines import LineReader, as_batch, columns, group_names, groups_of, spread
 from rice_eval.protocols.ocr_mask import Finder, TextMask
 from rice_eval.protocols.segmentation import LayerSet
 from rice_eval.report.panels import Polygons
@@ -65,6 +65,7 @@ class PageScorer:
     def __init__(self, dataset: Dataset, panels: int, keep: bool) -> None:
         self._data, self._wanted = dataset, panels
         self._sums = TextSums(PAGE_METRICS)
+        self._names: list[str] = []
         self._panels: dict[int, Panel] = {}
         self.kept: dict[str, Any] | None = {} if keep else None
 
@@ -83,6 +84,12 @@ class PageScorer:
             (edits, words, 2 * same, 2 * hits, hits, hits),
             (len(truth), len(truth.split()), true + seen, true + seen, seen, true),
         )
+        facts = line_facts(self._data, index)
+        matched = {i for i, _ in result.pairs}
+        for i in result.truths:
+            groups = groups_of(lines[i], facts[i] if facts is not None else None)
+            self._names += groups
+            self._sums.groups(name, (0, 0, 0, 0, 0, float(i in matched)), (0, 0, 0, 0, 0, 1), groups)
         shown = Polygons(tuple(found), tuple(texts))
         legible = [line for line in lines if not line.ignore]
         if self._wanted:
@@ -94,7 +101,7 @@ class PageScorer:
     def finish(self) -> tuple[TextStatistics, tuple[Panel, ...]]:
         """Statistics, and panels of images evenly spread."""
         shown = spread(sorted(self._panels), self._wanted)
-        return self._sums.statistics(), tuple(self._panels[i] for i in sorted(shown))
+        return self._sums.statistics(group_names(self._names)), tuple(self._panels[i] for i in sorted(shown))
 
 
 def _joined(lines: Sequence[tuple[Polygon, str]]) -> str:

@@ -13,6 +13,7 @@ from rice_eval.metrics.statistics import statistics_from_arrays
 from rice_eval.metrics.text import LINE_METRICS, anls, distance, line_sums, normalise, one_minus_ned, word_distance
 from rice_eval.metrics.text_boxes import convex, match, smallest_rectangle
 from rice_eval.metrics.text_statistics import TextSums
+from rice_eval.results.bootstrap import intervals
 
 words = st.lists(
     st.text(st.characters(categories=("L", "N", "P", "S")), min_size=1, max_size=6), min_size=1, max_size=6
@@ -154,3 +155,31 @@ def test_statistics_survive_storage_and_group():
     assert again.point() == {"cer": pytest.approx(20)}
     assert again.per_class() == {"cer": {"small": pytest.approx(20), "turned": pytest.approx(30)}}
     assert again.concat(made).per_class() == again.per_class()
+    other = TextSums(("cer",))
+    other.add("d", (2,), (4,), ("long", "small"))
+    both = made.concat(other.statistics())
+    assert both.groups == ("small", "turned", "long")
+    assert both.per_class() == {
+        "cer": {"small": pytest.approx(25), "turned": pytest.approx(30), "long": pytest.approx(50)}
+    }
+    assert both.by_group("cer").values(np.array([[0.0, 1, 0, 1]])) == {
+        "small": [pytest.approx(100 * 5 / 14)], "turned": [pytest.approx(30)], "long": [pytest.approx(50)],
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="wer"):
+        both.by_group("wer")
+
+
+def test_groups_have_intervals():
+    """A group's value is bootstrapped over images like the metric itself, and holds the truth about as often as it says."""
+    rng = np.random.default_rng(0)
+    sums = TextSums(("word_accuracy",))
+    for image in range(200):
+        for height, chance in (("height 5 px", 0.2), ("height 20 px", 0.8)):
+            sums.add(str(image), (float(rng.random() < chance),), (1,), (height,))
+    made = sums.statistics()
+    bounds = intervals(made.by_group("word_accuracy"), resamples=500)
+    assert made.by_group("word_accuracy").point() == pytest.approx(made.per_class()["word_accuracy"])
+    low, high = bounds["height 5 px"]
+    assert low < 20 < high < 40
+    low, high = bounds["height 20 px"]
+    assert 60 < low < 80 < high
