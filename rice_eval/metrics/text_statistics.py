@@ -57,6 +57,8 @@ class TextStatistics(RatioStatistics):
         Raises:
             ValueError: no such metric.
         """
+        if metric not in self.metrics:
+            raise ValueError(f"no metric '{metric}' among {', '.join(self.metrics)}")
         m = self.metrics.index(metric)
         sums = np.zeros((2, len(self), len(self.groups)))
         images, groups = self.shares.T
@@ -80,10 +82,11 @@ class TextStatistics(RatioStatistics):
     def concat(self, other: Statistics) -> TextStatistics:
         """See ``Statistics.concat``; groups of the same name become one."""
         plain = super().concat(other)
-        theirs = other if isinstance(other, TextStatistics) else TextStatistics((), *np.zeros((2, 0, 0)), ())
+        none = np.zeros((0, len(self.metrics)))
+        theirs = other if isinstance(other, TextStatistics) else TextStatistics((), none, none, self.metrics)
         groups = tuple(dict.fromkeys((*self.groups, *theirs.groups)))
-        moved = theirs.shares + (len(self), 0)
-        moved[:, 1] = np.array([groups.index(g) for g in theirs.groups], dtype=np.int64)[theirs.shares[:, 1]]
+        numbers = np.array([groups.index(g) for g in theirs.groups], dtype=np.int64)
+        moved = np.stack([theirs.shares[:, 0] + len(self), numbers[theirs.shares[:, 1]]], axis=1)
         return TextStatistics(
             plain.image_ids,
             plain.numerators,
@@ -91,8 +94,8 @@ class TextStatistics(RatioStatistics):
             plain.metrics,
             groups,
             np.concatenate([self.shares, moved]),
-            np.concatenate([self.share_numerators, theirs.share_numerators.reshape(-1, len(self.metrics))]),
-            np.concatenate([self.share_denominators, theirs.share_denominators.reshape(-1, len(self.metrics))]),
+            np.concatenate([self.share_numerators, theirs.share_numerators]),
+            np.concatenate([self.share_denominators, theirs.share_denominators]),
         )
 
     def arrays(self) -> dict[str, NDArray[np.generic]]:

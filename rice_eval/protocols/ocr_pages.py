@@ -129,6 +129,7 @@ class ReadPage(Protocol):
     kind: ClassVar[str] = "ocr"
     needs: ClassVar[frozenset[Annotation]] = frozenset({"text"})
     metric: ClassVar[str] = "cer"
+    rereads: ClassVar[bool] = True
 
     crop_view: str = "native,pad=patch"
     height: int = 56
