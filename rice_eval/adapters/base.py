@@ -166,6 +166,10 @@ class Encoder(ABC):
             PlanError: a layer that does not exist, sides that the patch does not divide, or ``norm`` of a checkpoint that
                 lacks the final norm its architecture has (a RICE tower inside LLaVA-OneVision-1.5).
         """
+        return self.encode_with_grad(images, layers, norm)
+
+    def encode_with_grad(self, images: Tensor, layers: Sequence[int] = (-1,), norm: bool = True) -> Tokens:
+        """``encode`` outside inference mode: tokens carry a graph where weights of ``tunable()`` ask for gradients."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise UsageError(
                 f"encode takes float images (B, 3, H, W) in [0, 1], not {images.dtype} {tuple(images.shape)}"
@@ -180,6 +184,14 @@ class Encoder(ABC):
     @abstractmethod
     def to(self, device: torch.device) -> Encoder:
         """Move the weights; returns self."""
+
+    def tunable(self) -> torch.nn.Module:
+        """The module whose weights a recipe may train.
+
+        Raises:
+            PlanError: this encoder runs outside torch's autograd, or shows no module.
+        """
+        raise PlanError(f"encoder '{self.name}' can't be tuned", "choose a recipe that leaves the encoder frozen")
 
     def compile(self) -> None:
         """Run the blocks (a CNN's stages) through ``torch.compile`` from now on, and say so in the facts' notes.

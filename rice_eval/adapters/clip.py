@@ -12,7 +12,7 @@ from rice_eval.adapters.hub import locate
 from rice_eval.adapters.layouts import Layout, Rule, block_rules, count_blocks, view
 from rice_eval.errors import CheckpointError
 
-__all__ = ["OPENAI", "OPENAI_VISION", "SPEC", "adapter", "find"]
+__all__ = ["OPENAI", "OPENAI_VISION", "SPEC", "adapter", "find", "from_checkpoint"]
 
 SPEC = Spec(
     label="CLIP",
@@ -159,7 +159,11 @@ def adapter(request: LoadRequest) -> DualTower:
     Raises:
         CheckpointError: not CLIP, not whole, or its config.json disagrees.
     """
-    checkpoint = open_checkpoint(locate(request))
+    return from_checkpoint(open_checkpoint(locate(request)), request)
+
+
+def from_checkpoint(checkpoint: Checkpoint, request: LoadRequest) -> DualTower:
+    """``adapter`` for a checkpoint that is open already (part of a larger model's, say)."""
     found = find(checkpoint)
     if found is None:
         rice = [n for n in checkpoint.tensors if n.endswith("class_pos_emb")]

@@ -21,7 +21,17 @@ from rice_eval.adapters.rice_names import DEEPGLINT, DEEPGLINT_MHA, HUB, LLAVA_O
 from rice_eval.adapters.tower import Tower, build, core, fill, shapes_of, transformers_module
 from rice_eval.errors import CheckpointError
 
-__all__ = ["Found", "adapter", "config_for", "empty", "find", "from_blocks", "strangers_of", "tensors_for"]
+__all__ = [
+    "Found",
+    "adapter",
+    "config_for",
+    "empty",
+    "find",
+    "from_blocks",
+    "from_checkpoint",
+    "strangers_of",
+    "tensors_for",
+]
 
 ANCHOR = "class_pos_emb"
 POST_NORM = ("post_layernorm.weight", "post_layernorm.bias")
@@ -270,7 +280,11 @@ def adapter(request: LoadRequest) -> Tower:
     Raises:
         CheckpointError: not RICE, not whole, or its config.json disagrees.
     """
-    checkpoint = open_checkpoint(locate(request))
+    return from_checkpoint(open_checkpoint(locate(request)), request)
+
+
+def from_checkpoint(checkpoint: Checkpoint, request: LoadRequest) -> Tower:
+    """``adapter`` for a checkpoint that is open already (part of a larger model's, say)."""
     found = find(checkpoint)
     if found is None:
         absolute = [n for n in checkpoint.tensors if n.endswith(("position_embedding.weight", "positional_embedding"))]

@@ -15,7 +15,7 @@ from rice_eval.adapters.hub import locate
 from rice_eval.adapters.layouts import Layout, count_blocks, view
 from rice_eval.errors import CheckpointError
 
-__all__ = ["FIXED", "NAFLEX", "adapter", "find", "patches_of"]
+__all__ = ["FIXED", "NAFLEX", "adapter", "find", "from_checkpoint", "patches_of"]
 
 FIXED = Spec(
     label="SigLIP",
@@ -126,7 +126,11 @@ def adapter(request: LoadRequest) -> DualTower:
     Raises:
         CheckpointError: not SigLIP, not whole, or its config.json disagrees.
     """
-    checkpoint = open_checkpoint(locate(request))
+    return from_checkpoint(open_checkpoint(locate(request)), request)
+
+
+def from_checkpoint(checkpoint: Checkpoint, request: LoadRequest) -> DualTower:
+    """``adapter`` for a checkpoint that is open already (part of a larger model's, say)."""
     result = find(checkpoint)
     if result is None:
         raise CheckpointError(

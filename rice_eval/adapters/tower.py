@@ -172,6 +172,7 @@ class Tower(Encoder):
         identity: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._model = model
+        self._vision = vision
         self._blocks = list(blocks)
         self._norm = final_norm
         self._leading = leading
@@ -195,6 +196,10 @@ class Tower(Encoder):
         self._mean, self._std = self._mean.to(device), self._std.to(device)
         self.device = device
         return self
+
+    def tunable(self) -> nn.Module:
+        """The image tower."""
+        return self._vision
 
     def normalise(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` in [0, 1] -> the same, minus mean, divided by std."""

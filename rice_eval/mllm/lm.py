@@ -179,7 +179,9 @@ def _place(name: str) -> tuple[str, dict[str, Any], str]:
         return str(path.parent), {"gguf_file": path.name}, f"file {path.name}"
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise CheckpointError(f"language model '{name}': the folder has no config.json", "give a folder of transformers")
+            raise CheckpointError(
+                f"language model '{name}': the folder has no config.json", "give a folder of transformers"
+            )
         return str(path), {}, f"folder {path.name}"
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(

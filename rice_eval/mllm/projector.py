@@ -125,8 +125,10 @@ class Projector(nn.Module):
                 "use the projector with the encoder and layers it was made for",
             )
         if tokens.shape[1] != grid[0] * grid[1]:
-            raise UsageError(f"{tokens.shape[1]} tokens are no grid of {grid[0]} x {grid[1]}", "give the tokens' own grid")
-        tokens = tokens.to(self.layers[0].weight.dtype)
+            raise UsageError(
+                f"{tokens.shape[1]} tokens are no grid of {grid[0]} x {grid[1]}", "give the tokens' own grid"
+            )
+        tokens = tokens.to(next(self.parameters()).dtype)
         if self.kind == "2x2-merge":
             tokens = _blocks(self.norm(tokens), grid).flatten(2)
         elif self.kind == "pixel-shuffle":
@@ -190,11 +192,16 @@ class Projector(nn.Module):
                 meta = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: can't be read ({str(error)[:120]})", "check the path, or train it again") from error
+            raise CheckpointError(
+                f"{path}: can't be read ({str(error)[:120]})", "check the path, or train it again"
+            ) from error
         if _KEY not in meta:
             raise CheckpointError(f"{path}: is no projector of rice-eval", "give a file that a recipe wrote")
         told = json.loads(meta[_KEY])
-        for side, have, want in (("encoder", told["width_in"], width_in), ("language model", told["width_out"], width_out)):
+        for side, have, want in (
+            ("encoder", told["width_in"], width_in),
+            ("language model", told["width_out"], width_out),
+        ):
             if want is not None and have != want:
                 verb = "takes tokens" if side == "encoder" else "gives embeddings"
                 raise CheckpointError(

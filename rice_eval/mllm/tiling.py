@@ -26,7 +26,17 @@ from rice_eval.errors import DataError, UsageError
 from rice_eval.mllm.scaling import Scaler, crop_square, pad_square, scale, smart_size
 from rice_eval.views import View
 
-__all__ = ["NEXT_SHAPES", "Tiles", "Tiling", "best_pinpoint", "open_image", "pack", "read_image", "scaled_size", "unpadded"]
+__all__ = [
+    "NEXT_SHAPES",
+    "Tiles",
+    "Tiling",
+    "best_pinpoint",
+    "open_image",
+    "pack",
+    "read_image",
+    "scaled_size",
+    "unpadded",
+]
 
 Size = tuple[int, int]
 
@@ -53,7 +63,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Tiling:
-    """A named way to cut. Use ``Tiling.single``, ``Tiling.anyres`` or ``Tiling.from_facts``.
+    """A named way to cut. Use ``Tiling.single`` or ``Tiling.anyres``.
 
     Attributes:
         kind: ``single`` or ``anyres``.
@@ -120,15 +130,16 @@ class Tiling:
 
     def facts(self) -> dict[str, Any]:
         """All that changes a tile, as JSON values."""
-        out: dict[str, Any] = {"kind": self.kind, "scaler": self.scaler, "resample": self.resample}
+        out: dict[str, Any] = {"kind": self.kind}
+        if self.kind == "single" and self.single_by not in ("crop", "pad", "smart"):
+            return {**out, "view": self.single_by}
+        out |= {"side": self.side, "scaler": self.scaler, "resample": self.resample}
         if self.kind == "single":
-            out |= {"single": self.single_by}
-            if self.single_by in ("crop", "pad", "smart"):
-                out |= {"side": self.side}
+            out |= {"by": self.single_by}
             if self.pixel_range is not None:
                 out |= {"pixel_range": list(self.pixel_range)}
         else:
-            out |= {"side": self.side, "pinpoints": [list(p) for p in self.pinpoints], "max_tiles": self.max_tiles}
+            out |= {"pinpoints": [list(p) for p in self.pinpoints], "max_tiles": self.max_tiles}
         return out
 
     @property
@@ -201,7 +212,9 @@ def open_image(path: str | Path) -> Image.Image:
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such image", "check the folder the annotations are relative to") from error
     except Exception as error:  # PIL's decoders raise many kinds
-        raise DataError(f"{path}: can't be opened as an image ({_first_line(error)})", "replace or remove it") from error
+        raise DataError(
+            f"{path}: can't be opened as an image ({_first_line(error)})", "replace or remove it"
+        ) from error
     return image
 
 
@@ -224,7 +237,8 @@ def read_image(image: Image.Image) -> NDArray[np.uint8]:
     height, width = pixels.shape[:2]
     if min(height, width) < 1 or max(height, width) > MAX_ASPECT * min(height, width):
         raise DataError(
-            f"{name}: {width} x {height} px can't be cut into tiles", f"sides may differ by up to {MAX_ASPECT:.0f} times"
+            f"{name}: {width} x {height} px can't be cut into tiles",
+            f"sides may differ by up to {MAX_ASPECT:.0f} times",
         )
     return pixels
 
