@@ -18,17 +18,22 @@ from numpy.typing import NDArray
 
 from rice_eval.cards import TaskCard, catalogue
 from rice_eval.datasets import load_dataset
-from rice_eval.datasets.base import Dataset
+from rice_eval.datasets.base import Dataset, TextLine
 from rice_eval.datasets.subset import Subset
 from rice_eval.errors import MissingExtraError, PlanError
-from rice_eval.metrics.statistics import Statistics
+from rice_eval.metrics.text_statistics import TextStatistics
 from rice_eval.pictures import save_pictures
 from rice_eval.protocols.base import Panel
 from rice_eval.protocols.ocr_lines import LineScorer, crops_of, remarks
+from rice_eval.protocols.ocr_mask import MaskScorer, text_labels
 from rice_eval.protocols.ocr_pages import PageScorer
 from rice_eval.results.bootstrap import intervals
+from rice_eval.results.curves import group_intervals
 
 __all__ = ["RapidOcr", "Reference", "System", "evaluate_reference"]
+
+PROTOCOLS = ("ctc-linear", "text-mask", "read-page")
+"""The protocols that a reference has rows for."""
 
 Picture = NDArray[np.uint8]
 Polygon = NDArray[np.float64]
@@ -91,7 +96,7 @@ def evaluate_reference(
     dataset: str = "scenes-text",
     data: Path | None = None,
     options: dict[str, Any] | None = None,
-    protocols: Sequence[str] = ("ctc-linear", "read-page"),
+    protocols: Sequence[str] = PROTOCOLS,
     limit_test: int | None = None,
     results: Path = Path("results"),
     panels: int = 8,
@@ -105,8 +110,9 @@ def evaluate_reference(
         system: what reads.
         task: a task card's name; or give ``dataset``.
         dataset, data, options: as for ``rice_eval.evaluate``.
-        protocols: ``ctc-linear`` (lines cut out along their true polygons, 48 px high as the system wants them) and
-            ``read-page`` (whole images: Hmean, word spotting, CER, WER).
+        protocols: ``ctc-linear`` (lines cut out along their true polygons, 48 px high as the system wants them),
+            ``text-mask`` (whole images: Hmean, and the pixel IoU of the regions found) and ``read-page`` (whole images: Hmean,
+            word spotting, CER, WER).
         limit_test: keep only this many test images.
         results: rows go to its folder ``references``.
         panels: images to draw for ``read-page``.
@@ -124,21 +130,17 @@ def evaluate_reference(
         if task
         else task_for_dataset(catalogue(tuple(include)), "ocr", dataset, options or {})
     )
-    unknown = [p for p in protocols if p not in ("ctc-linear", "read-page")]
+    unknown = [p for p in protocols if p not in PROTOCOLS]
     if unknown:
-        raise PlanError(
-            f"a reference has no row for protocol '{unknown[0]}'", "it stands beside ctc-linear and read-page"
-        )
+        raise PlanError(f"a reference has no row for protocol '{unknown[0]}'", f"choose {', '.join(PROTOCOLS)}")
     test = load_dataset(card.dataset, card.test, data, card.options)
     if limit_test is not None:
         test = Subset(test, limit_test)
     rows = []
     for protocol in protocols:
         start = time.perf_counter()
-        if protocol == "ctc-linear":
-            statistics, drawn, notes = _lines(system, test, panels, progress)
-        else:
-            statistics, drawn, notes = _pages(system, test, panels, progress)
+        score = {"ctc-linear": _lines, "text-mask": _regions, "read-page": _pages}[protocol]
+        statistics, drawn, notes = score(system, test, panels, progress)
         rows.append(
             _write(
                 system, card, test, protocol, statistics, drawn, notes, results, resamples, time.perf_counter() - start
@@ -149,7 +151,7 @@ def evaluate_reference(
 
 def _lines(
     system: System, test: Dataset, panels: int, progress: Callable[[str, int], Callable[[int], None]]
-) -> tuple[Statistics, tuple[Panel, ...], tuple[str, ...]]:
+) -> tuple[TextStatistics, tuple[Panel, ...], tuple[str, ...]]:
     crops = crops_of(test, 48, "fit", 0.15, 32.0)
     scorer = LineScorer(crops, panels, False)
     advance = progress("lines", len(crops))
@@ -160,9 +162,24 @@ def _lines(
     return statistics, drawn, remarks(crops, "test")
 
 
+def _regions(
+    system: System, test: Dataset, panels: int, progress: Callable[[str, int], Callable[[int], None]]
+) -> tuple[TextStatistics, tuple[Panel, ...], tuple[str, ...]]:
+    scorer = MaskScorer(test, panels, False)
+    advance = progress("pages", len(test))
+    for index in range(len(test)):
+        image = test.image(index)
+        polygons, _ = system.page(image)
+        mask = text_labels([TextLine(p, "") for p in polygons], (image.shape[0], image.shape[1]))
+        scorer.add(index, test.text(index), mask.astype(np.float32), polygons)
+        advance(1)
+    statistics, drawn = scorer.finish(range(len(test)))
+    return statistics, drawn, ()
+
+
 def _pages(
     system: System, test: Dataset, panels: int, progress: Callable[[str, int], Callable[[int], None]]
-) -> tuple[Statistics, tuple[Panel, ...], tuple[str, ...]]:
+) -> tuple[TextStatistics, tuple[Panel, ...], tuple[str, ...]]:
     scorer = PageScorer(test, panels, False)
     advance = progress("pages", len(test))
     for index in range(len(test)):
@@ -178,7 +195,7 @@ def _write(
     card: TaskCard,
     test: Dataset,
     protocol: str,
-    statistics: Statistics,
+    statistics: TextStatistics,
     drawn: tuple[Panel, ...],
     notes: tuple[str, ...],
     results: Path,
@@ -201,6 +218,7 @@ def _write(
         "n_test": len(test),
         "metrics": {name: {"value": v, "low": low, "high": high} for name, (v, low, high) in metrics.items()},
         "groups": groups,
+        "group_intervals": group_intervals(statistics, list(groups), resamples),
         "seconds": round(seconds, 3),
         "warnings": list(notes),
         "note": "an OCR system, not an encoder: a ceiling beside the ranking, never in it",

@@ -42,19 +42,21 @@ class Blind:
 
 
 def test_rows_of_an_oracle_and_a_blind_system(tmp_path: Path):
-    lines, pages = evaluate_reference(Oracle(), options=OPTIONS, results=tmp_path, panels=1, resamples=50)
+    lines, regions, pages = evaluate_reference(Oracle(), options=OPTIONS, results=tmp_path, panels=1, resamples=50)
+    assert regions.metrics["hmean"][0] == regions.metrics["text_iou"][0] == 100
     assert lines.metrics["word_accuracy_exact"][0] == 100
     assert pages.metrics["hmean"][0] == pages.metrics["spotting"][0] == 100
     assert pages.metrics["cer"][0] == 0
     row = json.loads(lines.path.read_text())
     assert row["reference"] is True
-    assert row["groups"]["one_minus_ned"]
-    lines, pages = evaluate_reference(Blind(), options=OPTIONS, results=tmp_path, panels=0, resamples=50)
+    assert row["groups"]["one_minus_ned"].keys() >= row["group_intervals"]["one_minus_ned"].keys()
+    lines, regions, pages = evaluate_reference(Blind(), options=OPTIONS, results=tmp_path, panels=0, resamples=50)
     assert lines.metrics["one_minus_ned"][0] == 0
     assert pages.metrics["cer"][0] == 100
+    assert regions.metrics["recall"][0] == 0
     assert not (tmp_path / "records").exists()
 
 
 def test_other_protocols_are_refused(tmp_path: Path):
-    with pytest.raises(PlanError, match="text-mask"):
-        evaluate_reference(Blind(), options=OPTIONS, protocols=("text-mask",), results=tmp_path)
+    with pytest.raises(PlanError, match="zero-shot-words"):
+        evaluate_reference(Blind(), options=OPTIONS, protocols=("zero-shot-words",), results=tmp_path)

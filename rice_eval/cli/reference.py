@@ -23,7 +23,8 @@ def ocr_reference(
         list[str] | None, typer.Option("--option", help="NAME=VALUE for the dataset's reader. Repeatable.")
     ] = None,
     protocol: Annotated[
-        list[str] | None, typer.Option("--protocol", "-p", help="ctc-linear (given lines) or read-page. Repeatable.")
+        list[str] | None,
+        typer.Option("--protocol", "-p", help="ctc-linear (given lines), text-mask or read-page. Repeatable."),
     ] = None,
     limit_test: Annotated[int | None, typer.Option("--limit-test", min=1, help="Use only this many images.")] = None,
     results: Annotated[Path, typer.Option("--results", help="Folder; rows go to its references/.")] = Path("results"),
@@ -31,7 +32,7 @@ def ocr_reference(
 ) -> None:
     """RapidOCR (PP-OCRv4) on a test split: the ceiling beside encoders, never ranked among them."""
     from rice_eval.cli.evaluate import pairs
-    from rice_eval.ocr_reference import RapidOcr, evaluate_reference
+    from rice_eval.ocr_reference import PROTOCOLS, RapidOcr, evaluate_reference
     from rice_eval.progress import progress
 
     with progress(None) as report:
@@ -40,7 +41,7 @@ def ocr_reference(
             dataset=dataset,
             data=data,
             options=pairs("--option", option),
-            protocols=protocol or ("ctc-linear", "read-page"),
+            protocols=protocol or PROTOCOLS,
             limit_test=limit_test,
             results=results,
             progress=report,

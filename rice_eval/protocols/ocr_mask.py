@@ -27,7 +27,7 @@ from rice_eval.protocols.segmentation import LayerSet, scaled_logits
 from rice_eval.report.panels import Polygons
 from rice_eval.views import Frame
 
-__all__ = ["Finder", "TextMask", "boxes_of", "text_labels"]
+__all__ = ["Finder", "MaskScorer", "TextMask", "boxes_of", "text_labels"]
 
 MASK_METRICS = ("hmean", "precision", "recall", "text_iou", "pixel_accuracy")
 
@@ -204,7 +204,7 @@ class TextMask(Linear):
         """See ``Protocol.run``."""
         fitted = self.fit(context, 2, self.train_pass)
         test = context.tokens("test", self.view)
-        scorer = _MaskScorer(self, context)
+        scorer = MaskScorer(context.test, context.panels, context.keep_predictions, self.threshold, self.shrink)
         finder = Finder(self, fitted.head, fitted.layer, scorer.add, context.progress("find", len(test.indices)))
         test.consume(finder)
         statistics, panels = scorer.finish(test.indices)
@@ -287,21 +287,30 @@ class Finder:
         self._advance(1)
 
 
-class _MaskScorer:
-    def __init__(self, protocol: TextMask, context: Context) -> None:
-        self._protocol, self._data = protocol, context.test
+class MaskScorer:
+    """Scores what was found in whole images: regions by the rule of ICDAR 2015, pixels by their IoU.
+
+    Args:
+        dataset: the test split.
+        panels: images to keep for the report.
+        keep: whether all regions found are kept.
+        threshold: a pixel is text above it.
+        shrink: see ``text_labels``.
+    """
+
+    def __init__(self, dataset: Dataset, panels: int, keep: bool, threshold: float = 0.5, shrink: float = 0.0) -> None:
+        self._data, self._wanted, self._threshold, self._shrink = dataset, panels, threshold, shrink
         self._sums = TextSums(MASK_METRICS)
         self._names: list[str] = []
         self._panels: dict[int, Panel] = {}
-        self._wanted = context.panels
-        self.kept: dict[str, Any] | None = {} if context.keep_predictions else None
+        self.kept: dict[str, Any] | None = {} if keep else None
 
     def add(
         self, index: int, lines: tuple[TextLine, ...], probability: NDArray[np.float32], found: list[Polygon]
     ) -> None:
-        """Score one image."""
-        labels = text_labels(lines, (probability.shape[0], probability.shape[1]), self._protocol.shrink)
-        valid, read = labels != IGNORE, probability > self._protocol.threshold
+        """Score one image: its lines, the ``(H, W)`` probability of text, and the regions."""
+        labels = text_labels(lines, (probability.shape[0], probability.shape[1]), self._shrink)
+        valid, read = labels != IGNORE, probability > self._threshold
         inter = int((read & (labels == 1)).sum())
         union = int(((read | (labels == 1)) & valid).sum())
         right = int(((read == (labels == 1)) & valid).sum())

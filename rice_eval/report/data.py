@@ -12,6 +12,7 @@ from rice_eval import __version__
 from rice_eval.metrics.statistics import METRICS
 from rice_eval.report.boards import first_record, row_metrics, sorted_boards
 from rice_eval.report.panel_files import StoredPanel, load_panels, panels_folder
+from rice_eval.results.curves import curve_metric, spans
 from rice_eval.results.leaderboard import Board, Leaderboard, Row
 from rice_eval.results.record import HeadScore, Metric, Record, canonical_json
 
@@ -162,10 +163,13 @@ def _metric(name: str, known: Sequence[Metric | None]) -> Plain:
 def _detail(page: _Page, board: Plain, row: Row) -> Plain:
     record, path = row.record, row.records[0].path
     env = record.environment
+    metric = curve_metric(record)
+    known = spans(row.records[0], [metric]).get(metric, {}) if metric is not None else {}
     return {
         "classes": {
             metric: [_short(values.get(c), 2) for c in board["classes"]] for metric, values in record.per_class.items()
         },
+        "spans": {metric: [_span(known.get(c)) for c in board["classes"]]} if known else {},
         "layers": _layer_curve(record.heads),
         "heads": len(record.heads),
         "chosen": record.chosen,
@@ -245,6 +249,10 @@ def _best_speed(row: Row) -> float | None:
     """Images a second of the pass that made the tokens: the fastest of the seeds, None where all came from the bank."""
     known = [v for v in (stored.record.cost.images_per_second for stored in row.records) if v is not None]
     return _short(max(known), 2) if known else None
+
+
+def _span(span: tuple[float, float] | None) -> list[float | None] | None:
+    return None if span is None else [_short(value, 2) for value in span]
 
 
 def _short(value: float | None, digits: int = 4) -> float | None:

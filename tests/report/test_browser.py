@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from rice_eval.metrics.text_statistics import TextSums
 from rice_eval.report.html import write_report
+from rice_eval.results.store import ResultStore, load_record
 
 from .browser import CHROMIUM, Browser
 from .factory import demo, encoder, large, record
@@ -289,4 +292,44 @@ def test_five_hundred_encoders_stay_usable(browser: Browser, tmp_path: Path) -> 
     browser.click("#board input[type=search]")
     browser.type("encoder-49")
     assert len(encoders(browser)) == 10
+    assert_clean(browser, page)
+
+
+def test_curves_of_text_follow_group_and_metric(browser: Browser, tmp_path: Path) -> None:
+    """A board of lines has a figure against their height with intervals, and one can turn to turn and to another metric."""
+    made = []
+    for k, (name, level) in enumerate((("strong", 0.9), ("weak", 0.3))):
+        sums = TextSums(("one_minus_ned", "cer"))
+        rng = np.random.default_rng(k)
+        for page in range(40):
+            for height in (5, 8, 12, 20):
+                score = float(np.clip(level * height / 20 + rng.normal(0, 0.1), 0, 1))
+                turn = "turn <2 deg" if page % 2 else "turn 7-15 deg"
+                sums.add(str(page), (score, 10 * (1 - score)), (1, 10), (f"height {height} px", turn, "on photo"))
+        found = sums.statistics()
+        value = found.point()["one_minus_ned"]
+        entry = record(
+            encoder(name), "ocr/lines", "ocr", value, metric="one_minus_ned", protocol="ctc-linear", classes=()
+        )
+        changed = entry.model_copy(update={"per_class": found.per_class()})
+        path = ResultStore(tmp_path).save(changed, found)
+        made.append((load_record(path), path))
+    page = write_report(made, tmp_path / "report.html", "Text")
+    browser.open(page)
+    assert_clean(browser, page)
+    find = "[...document.querySelectorAll('#plots figure')].find(f => f.textContent.includes('height, turn, length'))"
+    assert browser.js(f"{find}.querySelectorAll('path.line').length") == 2
+    assert browser.js(f"{find}.querySelectorAll('.mark').length") == 8
+    assert browser.js(f"{find}.querySelectorAll('.mark line').length") == 8  # an interval each
+    label = browser.js(f"{find}.querySelector('.mark').getAttribute('aria-label')")
+    assert "height 5 px" in label
+    assert " to " in label
+    heights = browser.js(f"[...{find}.querySelectorAll('.mark circle')].map(c => Number(c.getAttribute('cy')))")
+    assert heights[:4] == sorted(heights[:4], reverse=True)  # taller lines are read better: higher on the screen
+    browser.js(f"{find}.querySelector('input[value=turn]').click()")
+    assert browser.js(f"{find}.querySelectorAll('.mark').length") == 4
+    browser.js(
+        f"(() => {{ const s = {find}.querySelector('select'); s.value = 'cer'; s.dispatchEvent(new Event('change')); }})()"
+    )
+    assert browser.js(f"{find}.querySelectorAll('.mark line').length") == 0  # intervals are of the headline's groups
     assert_clean(browser, page)

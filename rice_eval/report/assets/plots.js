@@ -71,12 +71,68 @@ function resolutionFigure() {
   }, ["picked"]);
 }
 
+// Groups of text lines that have a place on an axis: "height 8-12 px", "turn <2 deg", "length >=21", "contrast 36".
+const GROUPS = {
+  height: { title: "By height of a character", axis: "Height in pixels, log scale", unit: "px", log: true },
+  turn: { title: "By turn", axis: "Turn in degrees", unit: "degrees" },
+  length: { title: "By length", axis: "Characters, log scale", unit: "characters", log: true },
+  contrast: { title: "By contrast", axis: "Difference of brightness, of 255", unit: "of 255" },
+};
+const group = { kind: "height", metric: null };
+function groupPlace(name) {
+  const m = /^(height|turn|length|contrast) (<|>=)?(\d+(?:\.\d+)?)(?:-(\d+(?:\.\d+)?))?(?: .*)?$/.exec(name);
+  if (!m) return null;
+  const [low, high] = [Number(m[3]), Number(m[4] || m[3])];
+  // A group with one open end stands a little beyond its edge, any other in its middle.
+  const x = m[2] === "<" ? low * 0.75 : m[2] === ">=" ? low * 1.25 : m[1] === "height" || m[1] === "length" ? Math.sqrt(low * high) : (low + high) / 2;
+  return { kind: m[1], x };
+}
+
+function groupFigure() {
+  const b = board();
+  const places = b.classes.map(groupPlace);
+  const metrics = [...new Set(Object.values(b.detail).flatMap((d) => Object.keys(d.classes)))];
+  const kinds = Object.keys(GROUPS).filter((k) => places.filter((p) => p && p.kind === k).length > 1);
+  if (!kinds.length || !metrics.length) return null;
+  if (!kinds.includes(group.kind)) group.kind = kinds[0];
+  if (!metrics.includes(group.metric)) group.metric = [headline(b).name, "recall"].find((m) => metrics.includes(m)) || metrics[0];
+  const names = Object.fromEntries(b.metrics.map((m) => [m.name, m]));
+  const title = (m) => (names[m] ? plural(names[m]) : m);
+  const node = figure("Against the lines' height, turn, length and contrast", [
+    kinds.length > 1 ? segments("Group", kinds.map((k) => [k, GROUPS[k].title.replace("By ", "")]), group.kind, (v) => { group.kind = v; node.redraw(); }) : null,
+    metrics.length > 1 ? dropdown("Metric of the curves", metrics.map((m) => [m, title(m)]), group.metric, (v) => { group.metric = v; node.redraw(); }) : null,
+  ], (width, caption) => {
+    const g = GROUPS[group.kind];
+    const missing = [];
+    const series = [];
+    for (const e of picked()) {
+      const r = rowOf(b, e);
+      if (r < 0) continue;
+      const values = b.detail[r]?.classes[group.metric];
+      if (!values) { missing.push(e); continue; }
+      const spans = b.detail[r].spans[group.metric] || [];
+      const points = values.flatMap((v, c) => {
+        if (v === null || !places[c] || places[c].kind !== group.kind) return [];
+        const [low, high] = spans[c] || [null, null];
+        const between = low === null ? "" : ` (${tidy(Number(low.toFixed(1)))} to ${tidy(Number(high.toFixed(1)))})`;
+        return [{ x: places[c].x, y: v, low, high, text: [b.classes[c], `${title(group.metric)}: ${v.toFixed(1)}${between}`] }];
+      }).sort((p, q) => p.x - q.x);
+      if (points.length) series.push({ name: encoderName(e), color: colorOf(e), points });
+    }
+    const some = series.some((s) => s.points.some((p) => p.low !== null));
+    caption([`Lines of the test images, grouped by ${g.title.replace("By ", "")}.`, some ? " Bars are 95 % intervals over test images." : "",
+      ...(missing.length ? [" Not in this page: ", ...nameList(missing), "."] : [])]);
+    return lines(series, { title: g.axis, log: g.log }, { title: title(group.metric) }, width);
+  }, ["picked"], "", true);
+  return node;
+}
+
 function plotsPart() {
   const slot = el("div", {});
   const draw = () => slot.replaceChildren(legend());
   draw();
   plotsPart.draw = draw;
-  const rest = [profilePart(), layerFigure(), resolutionFigure()].filter(Boolean);
+  const rest = [profilePart(), groupFigure(), layerFigure(), resolutionFigure()].filter(Boolean);
   const halves = rest.filter((node) => !node.classList.contains("full"));
   if (halves.length === 1) halves[0].classList.add("full");
   return part("plots", "Compare", slot, null, el("div", { class: "charts" }, costFigure(), rest));
