@@ -113,12 +113,12 @@ def spans(
 
 def _met(statistics: RatioStatistics) -> RatioStatistics:
     """Without the groups that no image has: they would only be undefined."""
-    keep = (statistics.denominators > 0).any(axis=0).tolist()
+    keep = np.flatnonzero((statistics.denominators > 0).any(axis=0))
     return RatioStatistics(
         statistics.image_ids,
-        statistics.numerators[:, np.flatnonzero(keep)],
-        statistics.denominators[:, np.flatnonzero(keep)],
-        tuple(name for name, kept in zip(statistics.metrics, keep) if kept),
+        statistics.numerators[:, keep],
+        statistics.denominators[:, keep],
+        tuple(statistics.metrics[k] for k in keep),
     )
 
 
