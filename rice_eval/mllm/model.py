@@ -129,22 +129,26 @@ class Mllm:
             self.newline.data = self.newline.data.to(device)
         return self
 
-    def encode(self, images: Sequence[Picture]) -> list[Encoded]:
+    def encode(self, images: Sequence[Picture], alone: Sequence[bool] | None = None) -> list[Encoded]:
         """Encoder tokens of images; those already encoded pass through. Equal images are encoded once.
+
+        Args:
+            images: of any number of requests.
+            alone: for each, whether its request has no other image (``Tiling.several``); by default all stand alone.
 
         Raises:
             DataError: an image the tiler can't open or cut.
         """
-        return self.sight.encode(images)
+        return self.sight.encode(images, alone)
 
-    def image_tokens(self, images: Sequence[Picture]) -> list[Tensor]:
-        """For each image ``(n_i, D_lm)``, as the language model sees it.
+    def image_tokens(self, images: Sequence[Picture], alone: Sequence[bool] | None = None) -> list[Tensor]:
+        """For each image ``(n_i, D_lm)``, as the language model sees it; arguments as of ``encode``.
 
         Raises:
             DataError: an image the tiler can't open or cut.
             UsageError: tokens that are not this model's.
         """
-        return [self.project(e.tokens, e.grid, e.size) for e in self.encode(images)]
+        return [self.project(e.tokens, e.grid, e.size) for e in self.encode(images, alone)]
 
     def project(self, tokens: Tensor, grid: tuple[int, int], size: tuple[int, int] | None = None) -> Tensor:
         """Embeddings of encoded tiles; gradients flow where the projector's weights ask for them.
@@ -185,10 +189,15 @@ class Mllm:
             start = place + 1
         return torch.cat(pieces)
 
+    def _images_of(self, asked: Sequence[Request | Example]) -> list[Tensor]:
+        """``image_tokens`` of all images of all requests, which go through the encoder together."""
+        alone = [len(r.images) == 1 for r in asked for _ in r.images]
+        return self.image_tokens([image for r in asked for image in r.images], alone)
+
     def _inputs(self, requests: Sequence[Request]) -> list[Tensor]:
-        """``(L_i, D_lm)`` of each request; all images of all requests go through the encoder together."""
+        """``(L_i, D_lm)`` of each request."""
         asked = [self.chat.ask(r) for r in requests]
-        tokens = iter(self.image_tokens([image for r in requests for image in r.images]))
+        tokens = iter(self._images_of(requests))
         return [self.embed(ids, [next(tokens) for _ in r.images]) for ids, r in zip(asked, requests)]
 
     @torch.inference_mode()
@@ -255,7 +264,7 @@ class Mllm:
     def summed_loss(self, examples: Sequence[Example]) -> tuple[Tensor, int]:
         """Cross-entropy summed over the assistant's tokens, and their number; see ``loss``."""
         taught = [self.chat.learn(e) for e in examples]
-        images = iter(self.image_tokens([image for e in examples for image in e.images]))
+        images = iter(self._images_of(examples))
         rows, targets = [], []
         for (ids, labels), example in zip(taught, examples):
             own = [next(images) for _ in example.images]

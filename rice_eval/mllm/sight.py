@@ -77,26 +77,23 @@ class Sight:
             )  # at the right and bottom, as in the published model (SigLIP: 384 = 27 * 14 + 6)
         return told
 
-    def cut(self, image: Image.Image) -> Tiles:
-        """The tiles of an image; see ``Tiling.cut``."""
-        return self.tiling.cut(image, self.encoder.multiple, self.encoder.facts.mean)
-
-    def encode(self, images: Sequence[Picture]) -> list[Encoded]:
+    def encode(self, images: Sequence[Picture], alone: Sequence[bool] | None = None) -> list[Encoded]:
         """Tokens of images, each equal image once; those already encoded pass through.
+
+        Args:
+            images: of any number of requests.
+            alone: for each, whether its request has no other image; by default all stand alone.
 
         Raises:
             DataError: an image that can't be decoded or cut.
         """
-        keys = [None if isinstance(image, Encoded) else _key(image) for image in images]
+        alone = [True] * len(images) if alone is None else alone
+        keys = [None if isinstance(i, Encoded) else f"{single} {_key(i)}" for i, single in zip(images, alone)]
         new: dict[str, Tiles] = {}
-        for key, image in zip(keys, images):
-            if (
-                key is not None
-                and not isinstance(image, Encoded)
-                and key not in new
-                and (self.tuned or key not in self._kept)
-            ):
-                new[key] = self.cut(image)
+        for key, image, single in zip(keys, images, alone):
+            if key is None or isinstance(image, Encoded) or key in new or (key in self._kept and not self.tuned):
+                continue
+            new[key] = self.tiling.cut(image, self.encoder.multiple, self.encoder.facts.mean, single)
         found = {key: self._kept[key] for key in keys if key is not None and key not in new}
         found.update(zip(new, self._forward(list(new.values()))))
         if not self.tuned:

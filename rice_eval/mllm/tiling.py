@@ -44,6 +44,8 @@ Size = tuple[int, int]
 #: group ran the same shapes at its own side (unicom, mlcd_vl/scripts/finetune_mlcd.sh: 448 px a tile).
 NEXT_SHAPES: tuple[Size, ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
+_BY = ("squash", "crop", "pad", "smart")
+
 #: Longer side over shorter side beyond which no image of a benchmark lies; a tile of one would be a line of pixels.
 MAX_ASPECT = 200.0
 
@@ -68,8 +70,8 @@ class Tiling:
     Attributes:
         kind: ``single`` or ``anyres``.
         side: pixels a side of a tile; 0 where a single view decides.
-        single: how a single image is scaled: a view of ``rice_eval.views``; or ``crop`` (shorter side to ``side``, centre
-            cropped), ``pad`` (padded to a square with the encoder's mean colour, then squashed to ``side``), as LLaVA-1.5's
+        single: how a single image is scaled: a view of ``rice_eval.views``; or ``squash`` (to ``side`` x ``side``), ``crop`` (shorter side to
+            ``side``, centre cropped), ``pad`` (padded to a square with the encoder's mean colour, then squashed to ``side``), as LLaVA-1.5's
             processors do; or ``smart`` (LLaVA-OneVision-1.5: own size, sides rounded to multiples of ``side``, pixels kept
             within ``pixel_range``).
         pinpoints: sizes to choose from, for ``anyres``.
@@ -77,6 +79,8 @@ class Tiling:
         scaler: what scales: ``pil`` or ``torchvision`` (both antialiased, some pixels differ by one level).
         resample: ``bicubic`` or ``bilinear``.
         pixel_range: fewest and most pixels, for ``smart``.
+        several: what ``anyres`` does with images that do not stand alone in their request: ``tiles`` as ever, or ``pad``
+            (LLaVA-OneVision): padded to a square with the mean colour, one tile and one newline.
     """
 
     kind: Literal["single", "anyres"]
@@ -87,6 +91,7 @@ class Tiling:
     scaler: Scaler = "pil"
     resample: Literal["bicubic", "bilinear"] = "bicubic"
     pixel_range: tuple[int, int] | None = None
+    several: Literal["tiles", "pad"] = "tiles"
 
     def __post_init__(self) -> None:
         if self.kind == "anyres":
@@ -98,7 +103,7 @@ class Tiling:
                         f"pinpoint {tuple(pair)} is no pair of multiples of the tile's side {self.side}",
                         "give (height, width) pairs in pixels",
                     )
-        elif self.single_by not in ("crop", "pad", "smart"):
+        elif self.single_by not in _BY:
             View.parse(self.single_by)
 
     @classmethod
@@ -131,7 +136,7 @@ class Tiling:
     def facts(self) -> dict[str, Any]:
         """All that changes a tile, as JSON values."""
         out: dict[str, Any] = {"kind": self.kind}
-        if self.kind == "single" and self.single_by not in ("crop", "pad", "smart"):
+        if self.kind == "single" and self.single_by not in _BY:
             return {**out, "view": self.single_by}
         out |= {"side": self.side, "scaler": self.scaler, "resample": self.resample}
         if self.kind == "single":
@@ -139,33 +144,37 @@ class Tiling:
             if self.pixel_range is not None:
                 out |= {"pixel_range": list(self.pixel_range)}
         else:
-            out |= {"pinpoints": [list(p) for p in self.pinpoints], "max_tiles": self.max_tiles}
+            shapes = [list(p) for p in self.pinpoints]
+            out |= {"pinpoints": shapes, "max_tiles": self.max_tiles, "several": self.several}
         return out
 
     @property
     def square_side(self) -> int | None:
         """Side of every tile where all are squares of one size, else None."""
-        if self.kind == "anyres" or self.single_by in ("crop", "pad"):
+        if self.kind == "anyres" or self.single_by in ("squash", "crop", "pad"):
             return self.side
         if self.single_by == "smart":
             return None
         view = View.parse(self.single_by)
         return view.side if view.base in ("square", "letterbox") and view.side > 0 and view.pad == 1 else None
 
-    def cut(self, image: Image.Image, patch: int, mean: tuple[float, float, float]) -> Tiles:
+    def cut(self, image: Image.Image, patch: int, mean: tuple[float, float, float], alone: bool = True) -> Tiles:
         """The tiles of an image.
 
         Args:
             image: any mode; made RGB as ``convert`` does.
             patch: the encoder's, for views that count patches or pad to it.
             mean: the encoder's, 0 to 1, the colour of padding in single views.
+            alone: whether its request has no other image; see ``several``.
 
         Raises:
             DataError: an image that can't be decoded, is empty, or is thinner than any benchmark's.
         """
         pixels = read_image(image)
         size = (int(pixels.shape[0]), int(pixels.shape[1]))
-        if self.kind == "anyres":
+        if self.kind == "anyres" and not alone and self.several == "pad":
+            tiles = [scale(pad_square(pixels, mean), (self.side, self.side), self.scaler, self.resample)]
+        elif self.kind == "anyres":
             tiles = self._anyres(pixels, size)
         else:
             tiles = [self._single(pixels, size, patch, mean)]
@@ -188,6 +197,8 @@ class Tiling:
     def _single(
         self, pixels: NDArray[np.uint8], size: Size, patch: int, mean: tuple[float, float, float]
     ) -> NDArray[np.uint8]:
+        if self.single_by == "squash":
+            return scale(pixels, (self.side, self.side), self.scaler, self.resample)
         if self.single_by == "crop":
             return crop_square(pixels, self.side, self.scaler, self.resample)
         if self.single_by == "pad":
@@ -308,6 +319,8 @@ def pack(tokens: Tensor, grid: Size, tiling: Tiling, size: Size | None, newline:
         if tokens.shape[0] != 1:
             raise UsageError(f"{tokens.shape[0]} tiles where the model takes one", "encode with the model's own tiling")
         return tokens[0]
+    if tokens.shape[0] == 1 and tiling.several == "pad":
+        return tokens[0] if newline is None else torch.cat([tokens[0], newline.to(tokens)[None]])
     if size is None:
         raise UsageError("anyres needs the image's size to cut its padding away", "give Encoded.size = (H, W)")
     best = best_pinpoint(size, tiling.pinpoints)
