@@ -31,8 +31,8 @@ __all__ = [
 Precision = Literal["fp32", "bf16", "fp16"]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-_PIXELS = 1 << 26
-"""Logits upsampled at once by ``pixel_loss``: 256 MB in float32."""
+_PIXELS = 1 << 23
+"""Logits upsampled at once by ``pixel_loss``: 32 MB in float32."""
 
 
 def world() -> tuple[int, int]:
@@ -200,13 +200,16 @@ def pixel_loss(logits: Tensor, labels: Tensor, average_ignored: bool, backward: 
     """
     pixels = torch.tensor(float(labels.numel() if average_ignored else int((labels != IGNORE).sum())))
     pixels = sum_over_processes(pixels.to(logits.device)).clamp(min=1.0)
-    leaf = logits.detach().requires_grad_(backward)
+    # With the classes of a pixel side by side all four steps are about three times faster on a CPU. A clone, since a view of one
+    # image or one class passes for either memory format.
+    leaf = logits.detach().clone(memory_format=torch.channels_last).requires_grad_(backward)
     total = torch.zeros((), device=logits.device)
     at_once = max(1, _PIXELS // (logits.shape[1] * labels.shape[1] * labels.shape[2]))
     for start in range(0, len(logits), at_once):
         part = slice(start, start + at_once)
         grown = F.interpolate(leaf[part], size=tuple(labels.shape[1:]), mode="bilinear", align_corners=False)
-        loss = F.cross_entropy(grown, labels[part], ignore_index=IGNORE, reduction="sum") / pixels
+        rows = grown.permute(0, 2, 3, 1).reshape(-1, logits.shape[1])
+        loss = F.cross_entropy(rows, labels[part].reshape(-1), ignore_index=IGNORE, reduction="sum") / pixels
         if backward:
             loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
