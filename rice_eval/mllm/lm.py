@@ -136,8 +136,12 @@ def load_lm(
             empty = library.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         check_fits(sum(p.numel() for p in empty.parameters()), dtype, torch.device(device), name)
         del empty
+        packed = {}
+        if "gguf_file" in options and hasattr(library, "GgufConfig"):
+            # Left packed, weights would be unpacked anew in every product: far slower, and with no way back for gradients.
+            packed = {"quantization_config": library.GgufConfig(dequantize=True)}
         model, said = library.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, **options
+            folder, dtype=dtype, output_loading_info=True, **options, **packed
         )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         odd = sorted(map(str, said.get(kind) or ()))
