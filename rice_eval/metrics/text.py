@@ -59,9 +59,10 @@ def one_minus_ned(truth: str, read: str) -> float:
 def anls(answers: Sequence[str], read: str, threshold: float = ANLS_THRESHOLD) -> float:
     """Average normalised Levenshtein similarity of one question, 0 to 1: the best over its accepted answers.
 
-    As lmms-eval computes it: both sides are lower-cased, stripped, and have every run of blanks made one before the distance
-    is taken, and that is divided by the longer of the two strings as they were given. Similarities below ``threshold`` count
-    as 0; the paper also sets one of exactly ``threshold`` to 0, lmms-eval keeps it, and so does this.
+    As lmms-eval 0.7.3 computes it: both sides are lower-cased, stripped, and have every run of blanks made one before the
+    distance is taken, and that is divided by the longer of the two strings as they were given, in capitals (``ß`` then counts
+    two). Similarities below ``threshold`` count as 0; the paper also sets one of exactly ``threshold`` to 0, lmms-eval keeps
+    it, and so does this.
 
     Args:
         answers: accepted answers, one or more. A list of questions scores the mean over questions.
@@ -77,7 +78,7 @@ def anls(answers: Sequence[str], read: str, threshold: float = ANLS_THRESHOLD) -
     nearest = 1.0
     for answer in answers:
         truth = " ".join(answer.strip().lower().split())
-        longest = max(len(answer), len(read))
+        longest = max(len(answer.upper()), len(read.upper()))
         nearest = min(nearest, distance(truth, given) / longest if longest else 0.0)
     return 1.0 - nearest if 1.0 - nearest >= threshold else 0.0
 
