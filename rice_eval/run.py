@@ -20,13 +20,13 @@ from rice_eval.bank.store import Bank, default_bank_root
 from rice_eval.cards import TaskCard, catalogue
 from rice_eval.environment import describe, launched, peak_memory_mb
 from rice_eval.errors import DataError, PlanError, UsageError
-from rice_eval.metrics.statistics import METRICS, MetricInfo
 from rice_eval.pictures import save_pictures, save_predictions, token_maps
 from rice_eval.plan import EncoderRef, Job, Plan, TaskRef, make_plan, parse_encoder, task_for_dataset
 from rice_eval.progress import Reporter, progress
 from rice_eval.protocols.base import Context, Outcome
 from rice_eval.results.bootstrap import KIND as INTERVAL_KIND
 from rice_eval.results.bootstrap import intervals
+from rice_eval.results.entries import class_entries, metric_entries
 from rice_eval.results.record import (
     BankFacts,
     Cost,
@@ -34,7 +34,7 @@ from rice_eval.results.record import (
     Environment,
     HeadScore,
     IntervalEntry,
-    Metric,
+    JudgeEntry,
     ProtocolEntry,
     Record,
     TaskEntry,
@@ -80,6 +80,7 @@ class RunOptions:
         predictions: folder for every test image's raw prediction, or None.
         resamples: bootstrap resamples of the intervals.
         trust_remote_code: let code shipped with a checkpoint run.
+        lmms_python: interpreter that has lmms-eval, which then judges multimodal models; None: the judge of this package.
     """
 
     results: Path
@@ -95,6 +96,7 @@ class RunOptions:
     predictions: Path | None = None
     resamples: int = 2000
     trust_remote_code: bool = False
+    lmms_python: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -298,6 +300,12 @@ def execute(
         loaded.elsewhere.update(elsewhere or {})
         for job in jobs:
             check_loaded(job, loaded.encoder, plan)
+            if bank is None and job.protocol.needs_bank(loaded.encoder.facts):
+                raise PlanError(
+                    f"--no-store: protocol '{job.protocol.id}' reads the tokens of {ref.name} several times",
+                    "leave out --no-store"
+                    + ("" if job.protocol.rereads else ", or let --set leave one head to choose from"),
+                )
         open_sources(loaded, jobs, plan, bank, options, report)
         for job in jobs:
             result = _run_job(job, plan, loaded, store, options, report)
@@ -405,6 +413,8 @@ def _run_job(
         panels=options.panels,
         keep_predictions=options.predictions is not None,
         scratch=(options.bank or default_bank_root()) / "online" if options.store else None,
+        lmms_python=options.lmms_python,
+        weights=job.encoder.weights,
     )
     outcome = job.protocol.run(context)
     if rank > 0:
@@ -431,7 +441,7 @@ def _run_job(
             "warnings": tuple(dict.fromkeys([*(n for m in made for n in m.notes), *together, *record.warnings])),
         }
     )
-    path = store.save(record, outcome.statistics)
+    path = store.save(record, outcome.statistics, outcome.files)
     if options.predictions is not None and outcome.predictions is not None:
         parts = [job.encoder.name.replace("/", "-"), job.task.card.name.replace("/", "-"), job.protocol.id]
         save_predictions(options.predictions.joinpath(*parts), outcome.predictions, test)
@@ -471,7 +481,7 @@ def _record(
     stored = [s for s in sources if s.key is not None]
     notes = [note for s in sources for note in s.notes]
     now = datetime.datetime.now(datetime.timezone.utc)
-    metrics = _metrics(outcome, bounds)
+    metrics = metric_entries(outcome.statistics, bounds)
     if job.protocol.metric not in metrics:
         raise DataError(
             f"task '{card.name}': '{job.protocol.metric}' has nothing to divide by on {len(test)} test images",
@@ -505,7 +515,7 @@ def _record(
         metric=job.protocol.metric,
         metrics=metrics,
         interval=IntervalEntry(kind=INTERVAL_KIND, level=0.95, resamples=options.resamples),
-        per_class=_per_class(outcome),
+        per_class=class_entries(outcome.statistics),
         view=str(View.parse(job.protocol.view).resolve(facts.patch)),
         layers=outcome.layers,
         norm=job.protocol.norm,
@@ -522,30 +532,8 @@ def _record(
         peak_memory_mb=peak_memory_mb(),
         environment=Environment.model_validate(describe(options.device, torch.get_num_threads())),
         statistics=None,
+        judge=JudgeEntry(**outcome.judge) if outcome.judge is not None else None,
+        losses=outcome.losses,
         skipped=tuple(sorted(left_out.union(*(s.skipped for s in sources)))),
         warnings=tuple(dict.fromkeys([*notes, *outcome.warnings])),
     )
-
-
-def _metrics(outcome: Outcome, bounds: Mapping[str, tuple[float, float]]) -> dict[str, Metric]:
-    out = {}
-    for name, value in outcome.statistics.point().items():
-        if value != value:
-            continue  # nothing to divide by: the metric does not exist on this set
-        info = METRICS.get(name, MetricInfo(name))
-        low, high = bounds.get(name, (None, None))
-        out[name] = Metric(
-            value=value,
-            low=low if low is not None and low == low else None,
-            high=high if high is not None and high == high else None,
-            unit=info.unit,
-            higher_is_better=info.higher_is_better,
-        )
-    return out
-
-
-def _per_class(outcome: Outcome) -> dict[str, dict[str, float | None]]:
-    return {
-        metric: {name: (value if value == value else None) for name, value in values.items()}
-        for metric, values in outcome.statistics.per_class().items()
-    }

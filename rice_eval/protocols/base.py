@@ -57,6 +57,9 @@ class Outcome:
         warnings: what a reader must know.
         predictions: raw predictions of every test image where ``Context.keep_predictions`` asks for them.
         forwards: images the protocol pushed through the encoder itself, outside the bank's passes.
+        judge: fields of a record's ``JudgeEntry``; None where no model answers questions.
+        losses: training loss, ``(last step, mean)`` a window of steps.
+        files: kept beside the record: name -> bytes.
     """
 
     statistics: Statistics
@@ -68,6 +71,9 @@ class Outcome:
     warnings: tuple[str, ...] = ()
     predictions: Mapping[str, Any] | None = None
     forwards: int = 0
+    judge: Mapping[str, Any] | None = None
+    losses: tuple[tuple[float, float], ...] = ()
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass
@@ -90,6 +96,10 @@ class Context:
     panels: int = 8
     keep_predictions: bool = False
     scratch: Path | None = None
+    lmms_python: Path | None = None
+    """Interpreter that has lmms-eval, where it is to judge a model's answers."""
+    weights: Path | None = None
+    """Checkpoint that replaced the source of the encoder's card."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +115,7 @@ class Protocol:
         needs: annotations that the dataset must provide.
         abilities: what the encoder must be able to do besides ``encode`` (``text``, ``image``, ``regions``).
         metric: the headline metric.
+        rereads: whether it reads tokens more often than on the pass, so that the bank must keep them.
         distributed: whether the processes that ``torchrun`` started share its work; one that does not runs in the first alone.
     """
 
@@ -114,6 +125,7 @@ class Protocol:
     needs: ClassVar[frozenset[Annotation]] = frozenset()
     abilities: ClassVar[frozenset[str]] = frozenset()
     metric: ClassVar[str]
+    rereads: ClassVar[bool] = False
     distributed: ClassVar[bool] = False
 
     view: str
@@ -146,6 +158,10 @@ class Protocol:
         It has a fingerprint of its own, so that the bank keys it and protocols that derive the same share its pass.
         """
         raise KeyError(f"protocol '{self.id}' derives nothing named '{name}'")
+
+    def needs_bank(self, facts: EncoderFacts) -> bool:
+        """Whether it can't run without the bank for this encoder."""
+        return self.rereads
 
     @abstractmethod
     def run(self, context: Context) -> Outcome:

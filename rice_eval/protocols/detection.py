@@ -344,6 +344,7 @@ class DetectionProtocol(Protocol):
     kind: ClassVar[str] = "detection"
     needs: ClassVar[frozenset[Annotation]] = frozenset({"instances"})
     metric: ClassVar[str] = "ap"
+    rereads: ClassVar[bool] = True
 
     flip_view: bool = False
     visible: float = 0.3

@@ -141,12 +141,14 @@ class FcosLinear(_Fcos):
 
     Attributes:
         layer_set: ``last``, ``last4``, ``quarters`` or ``all``; each layer gets heads of its own.
+        min_stride: pixels; layers of a CNN that are finer are left out: they cost most and know least.
         lrs, wds: the sweep: AdamW's learning rates and weight decays.
     """
 
     id: ClassVar[str] = "fcos-linear"
 
-    layer_set: LayerSet = "last"
+    layer_set: LayerSet = "quarters"
+    min_stride: int = 8
     lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     wds: tuple[float, ...] = (1e-2,)
 
@@ -157,8 +159,9 @@ class FcosLinear(_Fcos):
             raise ValueError("lrs and wds need at least one value each")
 
     def layers(self, facts: EncoderFacts) -> tuple[int, ...]:
-        """The layers of ``layer_set``."""
-        return layers_of(self.layer_set, facts)
+        """The layers of ``layer_set`` that are coarse enough, the last one in any case."""
+        named = layers_of(self.layer_set, facts)
+        return tuple(n for n in named if facts.strides[n - 1] >= self.min_stride) or named[-1:]
 
     def levels_of(self, grid: tuple[int, int], size: tuple[int, int]) -> list[Level]:
         """The token grid itself, for boxes of every size."""

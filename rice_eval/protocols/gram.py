@@ -87,6 +87,10 @@ class _Gram(Protocol):
         """The layers of ``layer_set``."""
         return layers_of(self.layer_set, facts)
 
+    def needs_bank(self, facts: EncoderFacts) -> bool:
+        """A choice among several heads reads every fold once more, to score its pixels."""
+        return len(self.layers(facts)) * len(self.strengths) > 1
+
     def run(self, context: Context) -> Outcome:
         """See ``Protocol.run``."""
         layers = self.layers(context.facts)

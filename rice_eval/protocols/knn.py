@@ -50,6 +50,7 @@ class CapiKnn(Protocol):
     kind: ClassVar[str] = "segmentation"
     needs: ClassVar[frozenset[Annotation]] = frozenset({"semantic"})
     metric: ClassVar[str] = "miou"
+    rereads: ClassVar[bool] = True
 
     view: str = "square=224"
     ks: tuple[int, ...] = (1, 3, 10, 30)
@@ -182,6 +183,7 @@ class HummingbirdKnn(Protocol):
     kind: ClassVar[str] = "segmentation"
     needs: ClassVar[frozenset[Annotation]] = frozenset({"semantic"})
     metric: ClassVar[str] = "miou"
+    rereads: ClassVar[bool] = True
 
     view: str = "square=36p,interp=bilinear"
     memory: int = 102_400

@@ -75,6 +75,7 @@ class Linear(Protocol):
     kind: ClassVar[str] = "segmentation"
     needs: ClassVar[frozenset[Annotation]] = frozenset({"semantic"})
     metric: ClassVar[str] = "miou"
+    rereads: ClassVar[bool] = True
 
     layer_set: LayerSet = "last"
     lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2)

@@ -58,6 +58,7 @@ class VisbenchLinear(Protocol):
     kind: ClassVar[str] = "segmentation"
     needs: ClassVar[frozenset[Annotation]] = frozenset({"semantic"})
     metric: ClassVar[str] = "miou"
+    rereads: ClassVar[bool] = True
 
     view: str = "square=224"
     layer_set: LayerSet = "last"

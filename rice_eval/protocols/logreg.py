@@ -47,6 +47,7 @@ class CapiLogreg(Protocol):
     kind: ClassVar[str] = "segmentation"
     needs: ClassVar[frozenset[Annotation]] = frozenset({"semantic"})
     metric: ClassVar[str] = "miou"
+    rereads: ClassVar[bool] = True
 
     view: str = "square=224"
     cs: tuple[float, ...] = tuple(float(10.0**e) for e in np.linspace(-6, 5, 8))

@@ -79,6 +79,7 @@ class CtcLinear(Protocol):
     kind: ClassVar[str] = "ocr"
     needs: ClassVar[frozenset[Annotation]] = frozenset({"text"})
     metric: ClassVar[str] = "one_minus_ned"
+    rereads: ClassVar[bool] = True
 
     view: str = "native,pad=patch"
     height: int = 56

@@ -50,6 +50,7 @@ class AttnProbe(Protocol):
     kind: ClassVar[str] = "ocr"
     needs: ClassVar[frozenset[Annotation]] = frozenset({"text"})
     metric: ClassVar[str] = "one_minus_ned"
+    rereads: ClassVar[bool] = True
 
     view: str = "native,pad=patch"
     height: int = 56

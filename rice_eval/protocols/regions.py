@@ -17,7 +17,7 @@ from torch import Tensor
 from rice_eval.adapters.base import EmbedsImage, Encoder, Tokens
 from rice_eval.adapters.regions import How, region_features
 from rice_eval.bank.source import ImageTokens
-from rice_eval.datasets.base import Annotation, Dataset
+from rice_eval.datasets.base import Annotation, Dataset, Instances
 from rice_eval.errors import DataError, MissingExtraError, PlanError
 from rice_eval.metrics.regions import RegionStatistics
 from rice_eval.protocols.base import Context, Protocol
@@ -55,17 +55,20 @@ class Region:
     dropped: int
 
 
-def regions_of(dataset: Dataset, index: int, frames: Sequence[Frame], masks: bool, crop: int) -> Region:
+def regions_of(
+    dataset: Dataset, index: int, frames: Sequence[Frame], masks: bool, crop: int, given: Instances | None = None
+) -> Region:
     """Given boxes of one image in its frames; crowds are no regions.
 
     Args:
         masks: whether masks are needed.
         crop: side in pixels of the cut-outs; 0 for none.
+        given: the regions; the image's own instances where None.
 
     Raises:
         DataError: a label outside the classes, or masks that the dataset does not have.
     """
-    truth = dataset.instances(index)
+    truth = dataset.instances(index) if given is None else given
     where = f"dataset '{dataset.name}', image '{dataset.image_id(index)}'"
     if len(truth.labels) and (truth.labels.min() < 0 or truth.labels.max() >= len(dataset.things)):
         raise DataError(f"{where}: a label lies outside the {len(dataset.things)} classes", "mend the annotations")
@@ -141,6 +144,17 @@ class RegionSet:
     dropped: int = 0
     forwards: int = 0
 
+    def list_regions(self, name: str, index: int, region: Region) -> None:
+        """Rows of one image's regions."""
+        place = len(self.ids)
+        self.ids.append(name)
+        self.indices.append(index)
+        self.image += [place] * len(region.labels)
+        self.labels += region.labels.tolist()
+        self.names += list(region.names)
+        self.boxes += [(place, int(k)) for k in region.which]
+        self.dropped += region.dropped
+
     def features(self, method: str, layer: int) -> Tensor:
         """``(n, D)`` float32."""
         parts = [p for p in self.parts.get((method, layer), []) if len(p)]
@@ -201,18 +215,11 @@ class RegionPass:
         start = time.perf_counter()
         region: Region = tokens.target
         out = self.found
-        place = len(out.ids)
-        out.ids.append(self._dataset.image_id(tokens.index))
-        out.indices.append(tokens.index)
-        out.image += [place] * len(region.labels)
-        out.labels += region.labels.tolist()
-        out.names += list(region.names)
-        out.boxes += [(place, int(k)) for k in region.which]
-        out.dropped += region.dropped
+        out.list_regions(self._dataset.image_id(tokens.index), tokens.index, region)
         for layer in self._layers:
             out.parts.setdefault((self._how, layer), []).append(self._finish(self._pooled(tokens, region, layer)))
         if region.crops is not None:
-            out.parts.setdefault(("crop", self._layers[-1]), []).append(self._cropped(region.crops))
+            out.parts.setdefault(("crop", self._layers[-1]), []).append(self.cropped(region.crops))
         self.seconds += time.perf_counter() - start
         self._advance(1)
 
@@ -231,7 +238,7 @@ class RegionPass:
         rows.sort(key=lambda row: row[0])
         return torch.stack([row for _, row in rows]).cpu() if rows else torch.zeros(0, 1)
 
-    def _cropped(self, crops: NDArray[np.uint8]) -> Tensor:
+    def cropped(self, crops: NDArray[np.uint8]) -> Tensor:
         """``(n, E)``: the encoder's own image embedding; where it has none, the class token, else the mean token."""
         out = []
         encoder = self._encoder

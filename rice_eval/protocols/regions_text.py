@@ -19,10 +19,38 @@ from rice_eval.metrics.statistics import RatioStatistics
 from rice_eval.protocols.base import Context, Outcome
 from rice_eval.protocols.regions import Pooling, RegionProtocol
 
-__all__ = ["RECALLS", "ClocRegion", "RegionRetrieval", "recall_hits"]
+__all__ = ["RECALLS", "ClocRegion", "RegionRetrieval", "embed_texts", "recall_hits", "text_space"]
 
 RECALLS = (1, 5, 10)
 _ROWS = 4096  # rows of one similarity matrix
+
+
+def text_space(context: Context, protocol: str, how: str) -> Callable[[Tensor], Tensor]:
+    """From pooled features to the text space: the encoder's linear map of its tokens; a region head is there already.
+
+    Args:
+        protocol: who asks, for messages.
+        how: ``roialign``, ``mask`` or ``prompter``.
+
+    Raises:
+        PlanError: an encoder without a linear map of its tokens.
+    """
+    if how == "prompter":
+        return lambda x: x
+    encoder = context.encoder()
+    if not isinstance(encoder, ProjectsTokens):
+        raise PlanError(
+            f"protocol '{protocol}': encoder '{encoder.name}' has no linear map from tokens to its text space",
+            "choose an encoder with one (CLIP) or with a region head (CLOC)",
+        )
+    encoder.project_tokens(torch.zeros(1, context.facts.widths[-1]))  # refuse before the pass, not after it
+    return lambda x: encoder.project_tokens(x).cpu() if len(x) else x
+
+
+def embed_texts(context: Context, texts: Sequence[str]) -> Tensor:
+    """``(T, E)`` L2-normalised, on the CPU."""
+    encoder = cast(EmbedsText, context.encoder())
+    return F.normalize(encoder.embed_text(list(texts)).float().cpu(), dim=1)
 
 
 @dataclass(frozen=True)
@@ -48,26 +76,12 @@ class _ZeroShot(RegionProtocol):
         Raises:
             PlanError: an encoder without a linear map of its tokens, or without image embeddings for the control.
         """
-        encoder = context.encoder()
         if self.control and "image" not in context.facts.abilities:
             raise PlanError(
-                f"protocol '{self.id}': encoder '{encoder.name}' embeds no images, which control=true needs",
+                f"protocol '{self.id}': encoder '{context.encoder().name}' embeds no images, which control=true needs",
                 "leave the control out",
             )
-        if self.how == "prompter":
-            return lambda x: x
-        if not isinstance(encoder, ProjectsTokens):
-            raise PlanError(
-                f"protocol '{self.id}': encoder '{encoder.name}' has no linear map from tokens to its text space",
-                "choose an encoder with one (CLIP) or with a region head (CLOC)",
-            )
-        encoder.project_tokens(torch.zeros(1, context.facts.widths[-1]))  # refuse before the pass, not after it
-        return lambda x: encoder.project_tokens(x).cpu() if len(x) else x
-
-    def texts(self, context: Context, texts: Sequence[str]) -> Tensor:
-        """``(T, E)`` L2-normalised, on the CPU."""
-        encoder = cast(EmbedsText, context.encoder())
-        return F.normalize(encoder.embed_text(list(texts)).float().cpu(), dim=1)
+        return text_space(context, self.id, self.how)
 
 
 @dataclass(frozen=True)
@@ -84,7 +98,7 @@ class ClocRegion(_ZeroShot):
         names = context.test.things
         start = time.perf_counter()
         finish = self.finish(context)
-        texts = self.texts(context, names)
+        texts = embed_texts(context, names)
         embedded = time.perf_counter() - start
         found = self.collect(context, "test", self.layers(context.facts), finish)
         start = time.perf_counter()
@@ -133,7 +147,7 @@ class RegionRetrieval(_ZeroShot):
         region_of = {key: k for k, key in enumerate(keys)}
         pairs = np.array([(region_of[b], text_of[t]) for b, t in zip(boxes, rows.names)], dtype=np.int64)
         _, first = np.unique(pairs[:, 0], return_index=True)
-        texts = self.texts(context, phrases)
+        texts = embed_texts(context, phrases)
         image = np.array(rows.image)
         numerators, denominators, metrics = [], [], []
         for method, layer in rows.parts:

@@ -261,3 +261,13 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
     code, _, err = run(capsys, "list", "encoders")
     assert code == 130
     assert "interrupted; run the same command again" in err
+
+
+def test_without_a_bank_what_rides_on_the_pass_runs_and_the_rest_is_refused_before_any_image(tmp_path, capsys):
+    command = ["segmentation", "-e", "rgb-moments", *SMALL, "--no-store", "--results", tmp_path / "r", "--no-report"]
+    assert "'linear' reads the tokens of rgb-moments several times; leave out --no-store" in refused(capsys, *command)
+    assert "one head to choose from" in refused(capsys, *command, "-p", "gram-lda")
+    assert not list((tmp_path / "r").rglob("*.json"))
+    code, out, err = run(capsys, *command, "-p", "gram-lda", "--set", "shrinkages=0.1", "--json")
+    assert code == 0, err
+    assert json.loads(Path(json.loads(out.splitlines()[0])["record"]).read_text())["bank"] is None
