@@ -42,7 +42,7 @@ ROLES: tuple[Role, ...] = ("image", "truth", "prediction", "error", "tokens")
 SIDE = 224
 """Longer side of a tile in pixels: five encoders times eight images stay under 3 MB in a page."""
 
-_IGNORED = (232, 232, 232)  # lighter than any colour of VOC's map, whose 7th class is (128, 128, 128)
+_IGNORED = (203, 213, 232)  # pale blue: no greys, and no colour of VOC's map, whose 7th class is (128, 128, 128)
 _WRONG = (225, 45, 57)
 _TRUE = (38, 194, 129)
 _HALO = (16, 18, 22)
@@ -176,7 +176,7 @@ def segmentation_panel(
 
     Args:
         image: ``(H, W, 3)`` uint8.
-        truth: ``(H, W)`` class indices; anything outside the classes is ignored and drawn in light grey.
+        truth: ``(H, W)`` class indices; anything outside the classes is ignored and drawn in pale blue.
         prediction: ``(H, W)`` class indices.
         classes: names by index.
         palette: RGB by index; ``class_palette`` where it is shorter than the classes.
@@ -305,7 +305,7 @@ def _paint(labels: NDArray[np.integer], colors: Picture) -> Picture:
 
 
 def _errors(image: Picture, truth: NDArray[np.integer], prediction: NDArray[np.integer], n: int) -> Picture:
-    """The image in faint grey, wrong pixels in red, ignored ones in light grey."""
+    """The image in faint grey, wrong pixels in red, ignored ones in pale blue."""
     grey = np.asarray(Pil.fromarray(image).convert("L"), dtype=np.float64)[..., None]
     base = np.broadcast_to(232 - (255 - grey) * 0.45, image.shape)
     labelled = ((truth >= 0) & (truth < n))[..., None]
