@@ -13,6 +13,7 @@ protocol. Every tensor of the file must find its place, and every place a tensor
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +96,7 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
-    scaler: Scaler | None = None,
+    scaler: Scaler = "torchvision",
 ) -> Mllm:
     """A published multimodal model.
 
@@ -103,7 +104,8 @@ def load(
         path: a folder, or a hub id.
         dtype: of the language model; None for the type it is stored in. The encoder and projector run in float32.
         device: where it goes.
-        scaler: ``pil`` (as LLaVA trained) or ``torchvision`` (as transformers 5 runs); None asks the processor's file.
+        scaler: ``torchvision``, as transformers 5 runs every such processor where torchvision is installed, or ``pil``, as
+            LLaVA was trained and as transformers 4 runs them; a checkpoint's files do not tell which.
 
     Raises:
         CheckpointError: another kind of model, missing or unexpected tensors (the first are named), a processor that does
@@ -230,7 +232,7 @@ def _request(name: str) -> LoadRequest:
 
 
 def _split(checkpoint: Checkpoint, name: str) -> dict[str, dict[str, str]]:
-    """Part -> its own names -> the file's.
+    """Part -> its own names -> the file's. The tower keeps the file's names, which its adapter understands.
 
     Raises:
         CheckpointError: names that belong nowhere.
@@ -244,7 +246,8 @@ def _split(checkpoint: Checkpoint, name: str) -> dict[str, dict[str, str]]:
             strangers.append(key)
             continue
         part, stem = _PLACES[begin]
-        parts.setdefault(part, {})[stem + key[len(begin) :]] = key
+        own = key if part == "tower" else stem + key[len(begin) :]
+        parts.setdefault(part, {})[own] = key
     if strangers:
         raise CheckpointError(
             f"{name}: {len(strangers)} keys unexpected ({few(strangers)})",
@@ -352,8 +355,12 @@ def _projector(
 def _compare(
     have: Mapping[str, TensorInfo], want: Mapping[str, tuple[int, ...]], names: Mapping[str, str], where: str
 ) -> None:
-    """``compare`` in the file's own names, as far as they are known."""
-    known = {**{k: k for k in want}, **names}
+    """``compare`` in the file's own names; those of missing tensors are told from their neighbours'."""
+    known = dict(names)
+    for key in want:
+        near = max(names, key=lambda k: len(os.path.commonprefix([k, key])), default=key)
+        shared = len(os.path.commonprefix([near, key]))
+        known.setdefault(key, names.get(near, near)[: len(names.get(near, near)) - len(near) + shared] + key[shared:])
     compare(
         {known[k]: i for k, i in have.items()},
         {known[k]: s for k, s in want.items()},

@@ -44,7 +44,7 @@ def tiling_of(
     side: int,
     pinpoints: tuple[Size, ...],
     max_tiles: int | None,
-    scaler: Scaler | None,
+    scaler: Scaler,
 ) -> Tiling:
     """How a published model's processor cuts images.
 
@@ -53,16 +53,13 @@ def tiling_of(
         kind: ``llava``, ``llava_next``, ``llava_onevision`` or ``llavaonevision1_5``.
         side: of the vision configuration, in pixels; for ``llavaonevision1_5`` what a merged token covers.
         pinpoints, max_tiles: of the model's configuration.
-        scaler: overrides what the processor's name says.
+        scaler: what scales; the files do not tell.
 
     Raises:
         CheckpointError: a processor that does something else, or does not fit the model.
     """
     told = image_processor(folder)
     where = f"{folder}: the image processor"
-    name = str(told.get("image_processor_type", ""))
-    # transformers 5 runs every processor through torchvision but those named ...Pil.
-    scaler = scaler or ("pil" if name.endswith("Pil") else "torchvision")
     number = told.get("resample", 3)
     if number not in _RESAMPLE:
         raise CheckpointError(
