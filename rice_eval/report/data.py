@@ -14,6 +14,7 @@ from rice_eval.report.boards import first_record, row_metrics, sorted_boards
 from rice_eval.report.panel_files import StoredPanel, load_panels, panels_folder
 from rice_eval.results.curves import curve_metric, spans
 from rice_eval.results.leaderboard import Board, Leaderboard, Row
+from rice_eval.results.published import Reference, references_of
 from rice_eval.results.record import HeadScore, Metric, Record, canonical_json
 
 __all__ = ["DETAIL_BYTES", "PICTURE_BYTES", "page_data"]
@@ -62,16 +63,23 @@ class _Page:
 
 
 def page_data(
-    leaderboard: Leaderboard, title: str, *, detail_bytes: int = DETAIL_BYTES, picture_bytes: int = PICTURE_BYTES
+    leaderboard: Leaderboard,
+    title: str,
+    *,
+    published: Sequence[Reference] = (),
+    detail_bytes: int = DETAIL_BYTES,
+    picture_bytes: int = PICTURE_BYTES,
 ) -> Plain:
     """Everything the page shows, as plain JSON values.
+
+    ``published`` numbers of a board's task and metric stand beside its rows, never among them.
 
     Rows are never left out. Details and pictures are taken in the order of ranks, all boards side by side, until their room is
     used; each board counts what was left out, and the page says so.
     """
     page = _Page()
     boards = sorted_boards(leaderboard)
-    plain = [_board(page, board) for board in boards]
+    plain = [_board(page, board, published) for board in boards]
     room = detail_bytes
     for number, place, row in _by_rank(boards):
         if room <= 0:
@@ -104,7 +112,7 @@ def _by_rank(boards: Sequence[Board]) -> Iterator[tuple[int, int, Row]]:
                 yield number, place, row
 
 
-def _board(page: _Page, board: Board) -> Plain:
+def _board(page: _Page, board: Board, published: Sequence[Reference]) -> Plain:
     first = first_record(board)
     metrics = [row_metrics(board, row) for row in board.rows]
     names = [board.metric, *sorted({name for found in metrics for name in found} - {board.metric})]
@@ -140,6 +148,12 @@ def _board(page: _Page, board: Board) -> Plain:
             for place, row in enumerate(board.rows)
             if any(stored.record.warnings for stored in row.records)
         },
+        "printed": [
+            [r.label, _short(r.value), r.source, r.note]
+            for r in sorted(
+                references_of(board, published), key=lambda r: -r.value if board.info.higher_is_better else r.value
+            )
+        ],
         "detail": {},
         "panels": [],
         "panelsLeftOut": 0,

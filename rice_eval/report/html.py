@@ -15,6 +15,7 @@ from rice_eval.errors import UsageError
 from rice_eval.report.boards import first_record, leaderboard_of, sorted_boards
 from rice_eval.report.data import DETAIL_BYTES, PICTURE_BYTES, page_data
 from rice_eval.results.leaderboard import Board
+from rice_eval.results.published import Reference, load_published
 from rice_eval.results.record import Record
 from rice_eval.results.store import write_atomic
 
@@ -39,6 +40,7 @@ def write_report(
     out: Path,
     title: str = "Dense vision encoders",
     *,
+    published: Sequence[Reference] | None = None,
     detail_bytes: int = DETAIL_BYTES,
     picture_bytes: int = PICTURE_BYTES,
 ) -> Path:
@@ -48,6 +50,7 @@ def write_report(
         records: records with the files they came from; panels are looked for beside each file (``panel_files``).
         out: the HTML file; it is replaced in one step. Equal records give equal bytes.
         title: of the page, text only.
+        published: printed numbers, shown beside the boards of their task and metric; those of ``results/published`` by default.
         detail_bytes: room for per-class values, curves and provenance.
         picture_bytes: room for pictures.
 
@@ -58,7 +61,7 @@ def write_report(
         RecordError: damaged panels, or two records of one run with different contents.
         UsageError: ``out`` can't be written.
     """
-    page = render(records, title, detail_bytes=detail_bytes, picture_bytes=picture_bytes)
+    page = render(records, title, published=published, detail_bytes=detail_bytes, picture_bytes=picture_bytes)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out, page.encode("utf-8", "replace"))
@@ -73,12 +76,14 @@ def render(
     records: Sequence[tuple[Record, Path]],
     title: str,
     *,
+    published: Sequence[Reference] | None = None,
     detail_bytes: int = DETAIL_BYTES,
     picture_bytes: int = PICTURE_BYTES,
 ) -> str:
     """The page as text; see ``write_report``."""
     leaderboard = leaderboard_of(records)
-    data = page_data(leaderboard, title, detail_bytes=detail_bytes, picture_bytes=picture_bytes)
+    numbers = load_published() if published is None else published
+    data = page_data(leaderboard, title, published=numbers, detail_bytes=detail_bytes, picture_bytes=picture_bytes)
     style = "\n".join(_asset(name) for name in _STYLES)
     script = '(() => {\n"use strict";\n' + "\n".join(_asset(name) for name in _SCRIPTS) + "\n})();"
     # Hashes let these two run and nothing else; with default-src 'none' the page can't send or fetch anything.

@@ -10,6 +10,7 @@ import pytest
 
 from rice_eval.metrics.text_statistics import TextSums
 from rice_eval.report.html import write_report
+from rice_eval.results.published import Reference
 from rice_eval.results.store import ResultStore, load_record
 
 from .browser import CHROMIUM, Browser
@@ -257,6 +258,25 @@ def test_an_empty_page_says_what_to_do(browser: Browser, tmp_path: Path) -> None
     browser.open(page)
     assert "no records yet" in browser.texts("main")[0]
     assert_clean(browser, page)
+
+
+def test_printed_numbers_are_shown_as_text_and_apart(browser: Browser, tmp_path: Path) -> None:
+    records = demo(tmp_path, panels=0)
+    first = records[0][0]
+    hostile = Reference(
+        encoder='<script>alert(1)</script>"', arch="L/14", resolution=336, kind="segmentation", protocol="dinov2-linear",
+        benchmark="ADE20K", metric=first.metric, value=51.4, source="Table\n2 \u202eabc", note="<i>x</i>", checkpoint=None,
+        task=first.task.name, file="paper.csv",
+    )  # fmt: skip
+    page = write_report(records, tmp_path / "r.html", published=[hostile] * 20)
+    for width in (375, 1280):
+        browser.open(page, width=width, height=800)
+        browser.js("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+        rows = browser.texts("#printed tbody tr")
+        assert len(rows) == 20
+        assert '<script>alert(1)</script>"' in rows[0]
+        assert not set(encoders(browser)) & set(rows)
+        assert_clean(browser, page)
 
 
 def test_one_encoder_on_one_board(browser: Browser, tmp_path: Path) -> None:

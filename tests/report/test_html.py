@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from rice_eval.errors import RecordError, UsageError
 from rice_eval.report.html import embedded_json, render, write_report
 from rice_eval.report.panel_files import panels_folder
+from rice_eval.results.published import Reference
 
 from .factory import demo, encoder, large, record
 
@@ -161,3 +162,26 @@ def test_five_hundred_encoders_stay_under_ten_megabytes(tmp_path: Path) -> None:
     data = data_of(out.read_text())
     assert data["records"] == 60_000
     assert sum(len(b["encoder"]) for b in data["boards"]) == 20_000
+
+
+def test_printed_numbers_stand_beside_the_board_and_never_in_it(tmp_path: Path) -> None:
+    records = demo(tmp_path, panels=0)
+    first = records[0][0]
+
+    def printed(value: float, task: str = first.task.name) -> Reference:
+        return Reference(
+            encoder="<b>Paper</b>", arch="L/14", resolution=336, kind="segmentation", protocol="dinov2-linear",
+            benchmark="ADE20K", metric=first.metric.upper(), value=value, source="Table 2", note="", checkpoint=None,
+            task=task, file="paper.csv",
+        )  # fmt: skip
+
+    with_them = data_of(render(records, "demo", published=[printed(40.0), printed(50.0), printed(60.0, "other/task")]))
+    without = data_of(render(records, "demo", published=[]))
+    boards = [b for b in with_them["boards"] if b["printed"]]
+    assert [[row[:2] for row in b["printed"]] for b in boards] == [
+        [["<b>Paper</b> L/14 336 px, dinov2-linear", 50], ["<b>Paper</b> L/14 336 px, dinov2-linear", 40]]
+    ] * len(boards)
+    assert boards
+    for board in with_them["boards"]:
+        board["printed"] = []
+    assert with_them == without

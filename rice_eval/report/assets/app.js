@@ -33,7 +33,7 @@ const stage = el("div", { class: "wrap" });
 const overviewSlot = el("div", { class: "wrap" });
 function drawBoard() {
   boardPart.draw = classesPart.draw = picturesPart.draw = plotsPart.draw = null;
-  stage.replaceChildren(...[boardPart(), plotsPart(), classesPart(), picturesPart(), cardsPart()].filter(Boolean));
+  stage.replaceChildren(...[boardPart(), plotsPart(), classesPart(), picturesPart(), printedPart(), cardsPart()].filter(Boolean));
   redrawFigures();
 }
 

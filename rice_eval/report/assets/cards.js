@@ -4,6 +4,20 @@ function protocolCard(protocol) {
     definitions([["hash", mono(protocol.hash)], ["version", protocol.version], ...Object.entries(protocol.settings)]));
 }
 
+// Numbers of papers: beside the board, never in it, because their protocols are their own.
+function printedPart() {
+  const b = board();
+  if (!b.printed.length) return null;
+  const metric = headline(b);
+  const few = b.printed.length <= 12;
+  const body = () => el("div", { class: "scroll" }, el("table", { class: "printed" },
+    el("thead", {}, el("tr", {}, ["Printed as", plural(metric), "Source"].map((text, k) => el("th", { scope: "col", class: k === 1 ? "num" : "who" }, text)))),
+    el("tbody", {}, b.printed.map(([label, value, source, note]) => el("tr", {}, el("td", { class: "who" }, bdi(label), note ? el("small", {}, bdi(note)) : null),
+      el("td", { class: "num" }, String(value)), el("td", { class: "dim small" }, bdi(source)))))));
+  return part("printed", "Printed elsewhere", "Numbers that papers and repositories print for this task and metric. Their protocols differ from this board's: they have no rank.", null,
+    few ? el("div", { class: "card" }, body()) : el("details", { class: "card" }, el("summary", {}, `${count(b.printed.length, "printed number")}, best first`), body()));
+}
+
 function cardsPart() {
   const b = board();
   const { task } = b;
