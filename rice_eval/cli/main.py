@@ -16,7 +16,20 @@ if "OMP_WAIT_POLICY" not in os.environ:
 import typer
 
 from rice_eval import __version__
-from rice_eval.cli import bank, catalogue, curve, data, encoders, evaluate, reference, report, results
+from rice_eval.cli import (
+    bank,
+    catalogue,
+    curve,
+    data,
+    encoders,
+    evaluate,
+    mllm,
+    reference,
+    referring,
+    report,
+    results,
+    sweep,
+)
 from rice_eval.environment import launched
 from rice_eval.errors import RiceEvalError, one_line
 
@@ -56,11 +69,14 @@ def _root(
 
 
 evaluate.register(app)
+mllm.register(app)
 reference.register(app)
+referring.register(app)
 catalogue.register(app)
 results.register(app)
 report.register(app)
 curve.register(app)
+sweep.register(app)
 app.add_typer(encoders.app, name="encoders", help="Look into checkpoints and convert them.")
 app.add_typer(bank.app, name="bank", help="The bank of tokens: list, verify, prune.")
 app.add_typer(data.app, name="data", help="Make and check datasets.")
