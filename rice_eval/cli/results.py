@@ -310,7 +310,6 @@ def _write(text: str, output: Path | None) -> None:
     if output is None:
         typer.echo(text, nl=False)
         return
-    from rice_eval.results.store import write_atomic
+    from rice_eval.results.store import write_output
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(output, text.encode())
+    write_output(output, text.encode())

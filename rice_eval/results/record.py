@@ -20,6 +20,7 @@ __all__ = [
     "Environment",
     "HeadScore",
     "IntervalEntry",
+    "JudgeEntry",
     "Metric",
     "ProtocolEntry",
     "Record",
@@ -160,6 +161,18 @@ class StatisticsFile(_Strict):
     images: int
 
 
+class JudgeEntry(_Strict):
+    """Who asked a multimodal model and scored its answers."""
+
+    name: str = Field(description="lmms-eval, or rice-eval for the judge in this package")
+    version: str
+    task: str = Field(description="the judge's own name of the task")
+    task_version: str
+    task_hash: str = Field(description="sha256 over the task's configuration, 16 digits")
+    prompts_sha256: str = Field(description="over ids, prompts and truths, in order")
+    questions: int
+
+
 class Record(_Strict):
     """One result."""
 
@@ -184,6 +197,13 @@ class Record(_Strict):
     peak_memory_mb: float
     environment: Environment
     statistics: StatisticsFile | None
+    judge: JudgeEntry | None = Field(None, description="of multimodal models' answers; None for other kinds")
+    losses: tuple[tuple[float, float], ...] = Field(
+        (), description="training loss: last step of each window of steps, its mean loss"
+    )
+    files: dict[str, str] = Field(
+        default_factory=dict, description="files kept beside the record, in its `.files` folder: name -> sha256"
+    )
     skipped: tuple[str, ...] = Field((), description="images left out by --on-bad-image=skip")
     warnings: tuple[str, ...] = ()
     digests: dict[str, str] = Field(
