@@ -14,8 +14,9 @@ PACKAGE = Path(__file__).parent.parent / "rice_eval"
 # From the top; a room may import from its own floor and from floors below it.
 FLOORS: list[set[str]] = [
     {"cli"},
-    {"demo", "suite", "watch", "ocr_reference"},
+    {"demo", "suite", "sweep", "watch", "ocr_reference"},
     {"cluster"},
+    {"mllm_run"},
     {"run", "plan", "preview", "publish", "pictures"},
     {"openmmlab"},
     {"protocols"},

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rice_eval.cli.engine import ENGINE, other_engine
 from rice_eval.environment import launched
 from rice_eval.errors import UsageError
 
 if TYPE_CHECKING:
     from rice_eval.run import Result
 
-__all__ = ["pairs", "register"]
+__all__ = ["folders", "pairs", "register", "show_results"]
 
 Encoders = Annotated[
     list[str], typer.Option("--encoder", "-e", help="Encoder: NAME, NAME@WEIGHTS, or ADAPTER:REFERENCE. Repeatable.")
@@ -93,7 +94,7 @@ def demo(
     from rice_eval.demo import run_demo
 
     results, files = run_demo(out, bank=bank or out / "bank", n_train=n_train, n_val=n_val)
-    _show(results, as_json)
+    show_results(results, as_json)
     if not as_json:
         for label, path in files.items():
             typer.echo(f"{label}: {path}")
@@ -139,6 +140,12 @@ def _on_dataset(kind: str, text: str, reader: dict[str, Any], dataset: str = "sc
     """
 
     def command(**given: Any) -> None:
+        if "engine" in given:
+            values = pairs("--set", given["setting"])
+            other = other_engine(given, values, {name: default for name, (_, default) in _SHARED.items()})
+            if other is not None:
+                _tell([other], given["results"], given["as_json"], given["report"])
+                return
         options = pairs("--option", given.pop("option"))
         flagged = {name: given.pop(name) for name in reader}
         options |= {name: value for name, value in flagged.items() if value is not None}
@@ -152,7 +159,7 @@ def _on_dataset(kind: str, text: str, reader: dict[str, Any], dataset: str = "sc
             given.pop("report"),
             kind=kind,
             options=options,
-            data=_data(given.pop("data")),
+            data=folders(given.pop("data")),
             protocols=given.pop("protocol") or (),
             settings=pairs("--set", given.pop("setting")),
             include=given.pop("include") or (),
@@ -161,7 +168,12 @@ def _on_dataset(kind: str, text: str, reader: dict[str, Any], dataset: str = "sc
             **given,
         )
 
-    flags = {"encoder": (Encoders, inspect.Parameter.empty), "dataset": (DatasetName, dataset)}
+    flags: dict[str, tuple[Any, Any]] = {
+        "encoder": (Encoders, inspect.Parameter.empty),
+        "dataset": (DatasetName, dataset),
+    }
+    if kind == "segmentation":
+        flags |= ENGINE
     flags |= {name: (annotation, None) for name, annotation in reader.items()}
     flags |= _SHARED
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -229,7 +241,7 @@ def run(
         as_json,
         report,
         tasks=task,
-        data=_data(data),
+        data=folders(data),
         protocols=protocol or (),
         view=view,
         settings=pairs("--set", setting),
@@ -261,7 +273,6 @@ def _evaluate(
     address: str | None,
     **arguments: Any,
 ) -> None:
-    from rice_eval.publish import publish
     from rice_eval.run import evaluate
 
     run_plan = _executor(executor, address)
@@ -276,7 +287,14 @@ def _evaluate(
     )
     if launched()[0] > 0:
         return  # the first process of torchrun has the records and tells of them
-    _show(done, as_json)
+    _tell(done, results, as_json, report)
+
+
+def _tell(done: list[Result], results: Path, as_json: bool, report: bool) -> None:
+    """Print results, and write leaderboards and the page where asked for."""
+    from rice_eval.publish import publish
+
+    show_results(done, as_json)
     if report:
         files = publish(results)
         if not as_json:
@@ -371,7 +389,7 @@ def plan(
     rows = preview(
         encoder,
         task,
-        data=_data(data),
+        data=folders(data),
         protocols=protocol or (),
         view=view,
         settings=pairs("--set", setting),
@@ -404,7 +422,7 @@ def pairs(flag: str, items: list[str] | None) -> dict[str, Any]:
     return out
 
 
-def _data(items: list[str] | None) -> Path | dict[str, Path] | None:
+def folders(items: list[str] | None) -> Path | dict[str, Path] | None:
     """One folder for all, or a mapping from dataset to folder."""
     if not items:
         return None
@@ -417,7 +435,8 @@ def _data(items: list[str] | None) -> Path | dict[str, Path] | None:
     return {item.partition("=")[0]: Path(item.partition("=")[2]) for item in items}
 
 
-def _show(results: list[Result], as_json: bool) -> None:
+def show_results(results: list[Result], as_json: bool) -> None:
+    """Print records: one table a comparability key, or JSON lines."""
     if as_json:
         for result in results:
             line = {

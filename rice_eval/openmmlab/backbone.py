@@ -64,6 +64,25 @@ class EncoderBackbone(BaseModule):  # type: ignore[misc]
         last = self._layers[-1]
         self.channels = [widths[last - 1]] * len(self._scales) if scales else [widths[n - 1] for n in self._layers]
         self.depth = depth
+        self.forwards = 0
+        """Images and windows seen."""
+        self.tokens = 0
+        """Tokens of the last layer of each of them, added up."""
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder it runs."""
+        return self._encoder
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers it reads, counted from 1."""
+        return tuple(self._layers)
+
+    @property
+    def norm(self) -> bool:
+        """Whether the final norm is applied."""
+        return self._norm
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """``(B, 3, H, W)`` normalised images to maps ``(B, D, h, w)``."""
@@ -75,6 +94,9 @@ class EncoderBackbone(BaseModule):  # type: ignore[misc]
         down, right = (-images.shape[2]) % encoder.multiple, (-images.shape[3]) % encoder.multiple
         padded = F.pad(plain - own, (right // 2, right - right // 2, down // 2, down - down // 2)) + own
         tokens = encoder.encode(padded, self._layers, self._norm)
+        h, w = tokens.grids[self._layers[-1]]
+        self.forwards += len(images)
+        self.tokens += len(images) * h * w
         maps = []
         for layer in self._layers:
             h, w = tokens.grids[layer]

@@ -25,7 +25,8 @@ from rice_eval.metrics.iou import scores
 from rice_eval.probes.gram import GramSums, lda, ridge
 from rice_eval.probes.linear import LinearMap
 from rice_eval.probes.targets import SparseTargets, TargetStore, token_areas
-from rice_eval.protocols.base import Context, Head, Outcome, Protocol
+from rice_eval.protocols.base import Context, Head, Outcome
+from rice_eval.protocols.labels import FewLabels, share_of
 from rice_eval.protocols.segmentation import (
     LAYER_SETS,
     HeadTest,
@@ -42,7 +43,7 @@ __all__ = ["GramLDA", "GramRidge"]
 
 
 @dataclass(frozen=True)
-class _Gram(Protocol):
+class _Gram(FewLabels):
     """A closed-form probe.
 
     One pass over train adds up class weights, class sums and second moments in ``folds`` parts. Strength and layer are chosen
@@ -52,6 +53,7 @@ class _Gram(Protocol):
     Attributes:
         layer_set: ``last``, ``last4``, ``quarters`` or ``all``.
         folds: parts of the training images, split by a seeded shuffle.
+        labels: see ``FewLabels``.
         seed: of the split.
     """
 
@@ -64,6 +66,7 @@ class _Gram(Protocol):
 
     def __post_init__(self) -> None:
         check_choice("layer_set", self.layer_set, LAYER_SETS)
+        share_of(self.labels)
         if self.folds < 2:
             raise ValueError("folds are at least 2")
         if not self.strengths or not all(s > 0 for s in self.strengths):
@@ -93,6 +96,7 @@ class _Gram(Protocol):
 
     def run(self, context: Context) -> Outcome:
         """See ``Protocol.run``."""
+        context, notes = self.labelled(context)
         layers = self.layers(context.facts)
         classes = len(context.train.classes)
         grid = tuple((layer, s) for layer in layers for s in self.strengths)
@@ -132,7 +136,7 @@ class _Gram(Protocol):
             heads=heads or (Head(self._named(layer, strength), None),),
             seconds={"sums": train.seconds, "fit": fitted - start, "predict": consumer.seconds},
             panels=tuple(scorer.panels),
-            warnings=scorer.warnings(),
+            warnings=(*notes, *scorer.warnings()),
             predictions=scorer.predictions,
         )
 

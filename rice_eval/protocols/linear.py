@@ -18,7 +18,8 @@ from rice_eval.errors import DataError
 from rice_eval.metrics.iou import scores
 from rice_eval.probes.linear import HeadGroup, LinearMap, Moments, warmup_cosine
 from rice_eval.probes.targets import SparseTargets, TargetStore, token_areas
-from rice_eval.protocols.base import Context, Head, Outcome, Protocol
+from rice_eval.protocols.base import Context, Head, Outcome
+from rice_eval.protocols.labels import FewLabels, share_of
 from rice_eval.protocols.segmentation import (
     LAYER_SETS,
     HeadTest,
@@ -39,17 +40,18 @@ __all__ = ["Fitted", "Linear", "LinearTrainPass"]
 
 @dataclass(frozen=True)
 class Fitted:
-    """A trained head: what it is, the layer it reads, what was chosen, every head of the sweep, seconds by phase."""
+    """A trained head: what it is, the layer it reads, what was chosen, every head of the sweep, seconds by phase, notes."""
 
     head: LinearMap
     layer: int
     chosen: dict[str, float | int]
     heads: tuple[Head, ...]
     seconds: dict[str, float]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Linear(Protocol):
+class Linear(FewLabels):
     """A linear probe on banked tokens.
 
     Every head standardises features by the training set's mean and variance (what a batch norm's running statistics converge
@@ -68,6 +70,7 @@ class Linear(Protocol):
         warmup: share of the steps with a rising rate; then half a cosine to 0.
         norm_eps: added to variances.
         holdout: share of the training images held out for the choice.
+        labels: see ``FewLabels``.
         seed: of the split, the order of images and the tokens drawn.
     """
 
@@ -90,6 +93,7 @@ class Linear(Protocol):
 
     def __post_init__(self) -> None:
         check_choice("layer_set", self.layer_set, LAYER_SETS)
+        share_of(self.labels)
         if not self.lrs or not self.wds or len(self.betas) != 2:
             raise ValueError("lrs and wds need at least one value each, betas exactly two")
         if min(self.steps, self.batch, self.tokens_per_image) < 1:
@@ -109,6 +113,7 @@ class Linear(Protocol):
             classes: C.
             train_pass: what labels the training images; their semantic masks by default.
         """
+        context, notes = self.labelled(context)
         layers = self.layers(context.facts)
         grid = tuple((layer, lr, wd) for layer in layers for lr in self.lrs for wd in self.wds)
         source = context.tokens("train", self.view)
@@ -144,6 +149,7 @@ class Linear(Protocol):
             chosen=_named(layer, lr, wd),
             heads=heads or (Head(_named(layer, lr, wd), None),),
             seconds={"targets": train.seconds, "fit": time.perf_counter() - start},
+            notes=notes,
         )
 
     def run(self, context: Context) -> Outcome:
@@ -160,7 +166,7 @@ class Linear(Protocol):
             heads=fitted.heads,
             seconds={**fitted.seconds, "predict": consumer.seconds},
             panels=tuple(scorer.panels),
-            warnings=scorer.warnings(),
+            warnings=(*fitted.notes, *scorer.warnings()),
             predictions=scorer.predictions,
         )
 

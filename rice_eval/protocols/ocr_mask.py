@@ -215,6 +215,7 @@ class TextMask(Linear):
             heads=fitted.heads,
             seconds={**fitted.seconds, "predict": finder.seconds},
             panels=panels,
+            warnings=fitted.notes,
             predictions=scorer.kept,
         )
 

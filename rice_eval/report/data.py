@@ -16,6 +16,7 @@ from rice_eval.results.curves import curve_metric, spans
 from rice_eval.results.leaderboard import Board, Leaderboard, Row
 from rice_eval.results.published import Reference, references_of
 from rice_eval.results.record import HeadScore, Metric, Record, canonical_json
+from rice_eval.results.sweeps import layer_scores, share, sweep_family
 
 __all__ = ["DETAIL_BYTES", "PICTURE_BYTES", "page_data"]
 
@@ -129,7 +130,9 @@ def _board(page: _Page, board: Board, published: Sequence[Reference]) -> Plain:
         "protocol": page.protocol(first),
         "comparability": first.comparability(),
         "interval": None if first.interval is None else first.interval.model_dump(mode="json"),
-        "family": _without_view(first),
+        "family": sweep_family(first, "view"),
+        "labels": _short(float(share(first))),
+        "labelFamily": sweep_family(first, "labels"),
         "classes": classes,
         "method": board.method,
         "metrics": [_metric(name, [found.get(name) for found in metrics]) for name in names],
@@ -208,14 +211,7 @@ def _detail(page: _Page, board: Plain, row: Row) -> Plain:
 
 def _layer_curve(heads: Sequence[HeadScore]) -> list[list[float]]:
     """[layer, best held-out score] of the heads that read one layer, by layer."""
-    best: dict[int, float] = {}
-    for head in heads:
-        layer = head.settings.get("layer", head.settings.get("layers"))
-        if isinstance(layer, (list, tuple)) and len(layer) == 1:
-            layer = layer[0]
-        if isinstance(layer, int) and not isinstance(layer, bool) and head.score is not None:
-            best[layer] = max(head.score, best.get(layer, head.score))
-    return [[layer, round(best[layer], 4)] for layer in sorted(best)]
+    return [[layer, round(score, 4)] for layer, score in layer_scores(heads).items()]
 
 
 def _pictures(page: _Page, boards: Sequence[Board], plain: Sequence[Plain], room: int) -> None:
@@ -250,13 +246,6 @@ def _panel(page: _Page, place: int, panel: StoredPanel) -> Plain:
         "legend": [[entry.name, "#{:02x}{:02x}{:02x}".format(*entry.color)] for entry in panel.legend],
         "tiles": tiles,
     }
-
-
-def _without_view(record: Record) -> str:
-    """Boards that share this differ in their view alone: their rows make resolution curves."""
-    facts = {k: v for k, v in record.comparability().items() if k != "protocol hash"}
-    settings = {k: v for k, v in record.protocol.settings.items() if k not in ("view", "seed")}
-    return canonical_json([facts, record.protocol.version, settings])
 
 
 def _best_speed(row: Row) -> float | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +15,14 @@ pytest.importorskip("mmengine", reason="mmengine is not installed (pip install '
 pytest.importorskip("mmcv", reason="mmcv is not installed (pip install 'rice-eval[openmmlab]')")
 import rice_eval.openmmlab  # noqa: F401
 from rice_eval.errors import UsageError
+from rice_eval.results.store import ResultStore
+from rice_eval.results.validate import validate
 
 pytest.importorskip("mmseg.registry", reason="mmseg is not installed")
-from rice_eval.openmmlab.run import run_config
+from mmengine.config import Config
+
+from rice_eval.openmmlab.record import evaluate_config
+from rice_eval.openmmlab.run import run_config, with_encoder
 
 CONFIG = """
 default_scope = "mmseg"
@@ -75,3 +83,67 @@ def test_what_is_no_config_is_one_line(config: Path, tmp_path: Path):
     (tmp_path / "bare.py").write_text("x = 1\n")
     with pytest.raises(UsageError, match="has no test"):
         run_config(tmp_path / "bare.py", tmp_path)
+
+
+def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rice_eval.cli.main", "segmentation", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_the_command_line_writes_our_record(config: Path, tmp_path: Path):
+    results = tmp_path / "results"
+    done = run_cli("--engine", "mmseg", "--config", str(config), "--results", str(results), "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert (line["protocol"], line["encoder"]) == ("mmseg", "random-vit-s-14")
+    record = ResultStore(results).load(Path(line["record"]))
+    (checked,) = validate([results])
+    assert checked.problem is None
+    assert record.protocol.settings["engine"].startswith("mmseg 1.")
+    assert record.task.n_test == record.task.n_train == record.statistics.images == 3
+    assert record.cost.forwards >= 2 * 2 + 3
+    assert "sets no seed" in record.warnings[-1]
+    again, path = evaluate_config(config, tmp_path / "other", resamples=50)
+    assert again.protocol.hash == record.protocol.hash
+    assert again.comparability_key == record.comparability_key
+    assert set(json.loads(path.read_text())["metrics"]) == set(record.metrics)
+    changed, _ = evaluate_config(config, tmp_path / "other", resamples=50, options={"train_cfg.max_iters": 3})
+    assert changed.protocol.hash != record.protocol.hash
+
+
+def test_an_encoder_takes_the_place_of_a_backbone(config: Path, tmp_path: Path):
+    text = config.read_text().replace(
+        'dict(type="rice_eval.Encoder", name="random-vit-s-14")', 'dict(type="ResNetV1c", depth=18)'
+    )
+    config.write_text(text.replace("in_channels=384, in_index=0", "in_channels=512, in_index=3"))
+    with pytest.raises(UsageError, match="no encoder of the registry"):
+        evaluate_config(config, tmp_path / "own", train=False, resamples=50)
+    record, _ = evaluate_config(config, tmp_path / "results", encoder="rgb-moments", resamples=50)
+    assert record.encoder.name == "rgb-moments"
+    assert "ResNetV1c gave way to rgb-moments" in record.warnings[0]
+    other, _ = evaluate_config(config, tmp_path / "results", encoder="random-vit-s-14", resamples=50)
+    assert other.comparability_key == record.comparability_key
+    assert other.encoder.name == "random-vit-s-14"
+    several = Config.fromfile(str(config))
+    several.model.decode_head.in_index, several.model.decode_head.in_channels = [0, 1, 2, 3], [1, 2, 3, 4]
+    with_encoder(several, "random-vit-s-14")
+    assert several.model.backbone.scales == [4, 2, 1, 0.5]
+    assert several.model.decode_head.in_channels == [384] * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--engine", "mmseg"], "add --config"),
+        (["--engine", "other"], "choose own or mmseg"),
+        (["--config", "c.py", "-e", "rgb-moments"], "go with --engine mmseg"),
+        (["--engine", "mmseg", "--config", "c.py", "--view", "square=56"], "--view does not reach into"),
+        (["--engine", "mmseg", "--config", "none.py"], "can't be read"),
+        ([], "no --encoder is given"),
+    ],
+)
+def test_flags_of_the_wrong_engine_are_one_line(arguments: list[str], said: str):
+    done = run_cli(*arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1

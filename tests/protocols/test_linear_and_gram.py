@@ -69,14 +69,15 @@ CHANGES = {
     Linear: {
         "view": "square=42", "norm": False, "seed": 3, "layer_set": "last", "lrs": (0.5,), "wds": (30.0,),
         "betas": (0.5, 0.9), "steps": 3, "batch": 1, "tokens_per_image": 2, "warmup": 0.9, "norm_eps": 5.0,
-        "holdout": 0.6,
+        "holdout": 0.6, "labels": "1/2",
     },
     GramLDA: {
         "view": "square=42", "norm": False, "seed": 3, "layer_set": "last", "shrinkages": (0.9, 1.0), "folds": 3,
-        "prior": True,
+        "prior": True, "labels": "1/2",
     },
     GramRidge: {
         "view": "square=42", "norm": False, "seed": 3, "layer_set": "last", "penalties": (3.0, 9.0), "folds": 3,
+        "labels": "1/2",
     },
 }  # fmt: skip
 

@@ -71,6 +71,25 @@ function resolutionFigure() {
   }, ["picked"]);
 }
 
+function labelFigure() {
+  const b = board();
+  const shares = D.boards.filter((other) => other.labelFamily === b.labelFamily);
+  if (shares.length < 2) return null;
+  const metric = headline(b);
+  return figure("By share of the labels", null, (width, caption) => {
+    caption("The same task, view and protocol, trained on a share of the training images; means over the seeds, each with a split of its own. Each share is ranked on its own.");
+    const series = picked().map((e) => ({ name: encoderName(e), color: colorOf(e), points: shares.flatMap((s) => {
+      const r = rowOf(s, e);
+      if (r < 0) return [];
+      const m = headline(s);
+      const images = Math.max(2, Math.round(s.labels * s.task.n_train));
+      const sd = s.seedSd[r] === null ? "" : `, standard deviation ${tidy(s.seedSd[r])} over ${count(s.seeds[r], "seed")}`;
+      return [{ x: images, y: m.value[r], low: m.low[r], high: m.high[r], text: [`${count(images, "image")} of ${s.task.n_train}`, `${metricText(m, r)}${sd}`] }];
+    }).sort((p, q) => p.x - q.x) })).filter((s) => s.points.length);
+    return lines(series, { title: "Training images, log scale", log: true }, { title: plural(metric) }, width);
+  }, ["picked"]);
+}
+
 // Groups of text lines that have a place on an axis: "height 8-12 px", "turn <2 deg", "length >=21", "contrast 36".
 const GROUPS = {
   height: { title: "By height of a character", axis: "Height in pixels, log scale", unit: "px", log: true },
@@ -132,7 +151,7 @@ function plotsPart() {
   const draw = () => slot.replaceChildren(legend());
   draw();
   plotsPart.draw = draw;
-  const rest = [profilePart(), groupFigure(), layerFigure(), resolutionFigure()].filter(Boolean);
+  const rest = [profilePart(), groupFigure(), layerFigure(), resolutionFigure(), labelFigure()].filter(Boolean);
   const halves = rest.filter((node) => !node.classList.contains("full"));
   if (halves.length === 1) halves[0].classList.add("full");
   return part("plots", "Compare", slot, null, el("div", { class: "charts" }, costFigure(), rest));
