@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rice_eval.probes.linear import AdamW, LinearMap, Moments
+from rice_eval.probes.linear import ManyHeads, Moments
 
 __all__ = ["CtcGroup", "beam_search", "best_path", "needed_steps", "split_steps"]
 
@@ -80,18 +80,14 @@ def _add(a: float, b: float) -> float:
     return high if low <= _FLOOR else high + math.log1p(math.exp(low - high))
 
 
-class CtcGroup:
-    """H linear CTC heads that read the same layer, trained on the same batches.
+class CtcGroup(ManyHeads):
+    """``ManyHeads`` of K * C outputs that read the same layer, trained on the same lines by CTC.
 
     Args:
-        moments: of the layer's training features; heads standardise by them, as a batch norm would in the end.
+        moments: of the lines' features.
         classes: C, the blank among them.
-        steps: K steps a token.
-        rates: H learning rates.
-        decays: H weight decays (of the weights, not of the biases).
-        betas: AdamW's.
-        norm_eps: added to variances.
-        device: where the heads live.
+        steps: K, CTC steps a token.
+        rates, decays, betas, norm_eps, device: see ``ManyHeads``.
     """
 
     def __init__(
@@ -105,24 +101,13 @@ class CtcGroup:
         norm_eps: float,
         device: torch.device,
     ) -> None:
-        if len(rates) != len(decays):
-            raise ValueError("one rate and one decay a head")
-        mean, scale = moments.standardisation(norm_eps)
-        self.mean, self.scale = mean.to(device), scale.to(device)
-        self.heads, self.classes, self.steps, self.device = len(rates), classes, steps, device
-        width = steps * classes
-        self.weight = torch.zeros(mean.shape[0], self.heads * width, device=device)
-        self.bias = torch.zeros(1, self.heads * width, device=device)
-        self.rate = torch.tensor(rates, device=device).repeat_interleave(width)
-        decay = torch.tensor(decays, device=device).repeat_interleave(width)
-        self._weight_steps = AdamW((mean.shape[0], self.heads * width), decay, betas, 1e-8, device)
-        self._bias_steps = AdamW((1, self.heads * width), torch.zeros_like(decay), betas, 1e-8, device)
+        super().__init__(moments, steps * classes, rates, decays, betas, norm_eps, device)
+        self.classes, self.steps = classes, steps
 
     def logits(self, features: Tensor) -> Tensor:
         """``(T, D)`` features of one line -> ``(H, T * K, C)`` logits."""
-        x = (features.to(self.device, torch.float32) - self.mean) * self.scale
-        flat = torch.addmm(self.bias, x, self.weight)
-        return split_steps(flat.view(-1, self.heads, self.steps * self.classes).transpose(0, 1), self.steps)
+        flat = self.outputs(self.standardised(features))
+        return split_steps(flat.view(-1, self.heads, self.width).transpose(0, 1), self.steps)
 
     def step(self, features: Sequence[Tensor], targets: Sequence[Sequence[int]], factor: float) -> Tensor:
         """One step of every head on a batch of lines.
@@ -136,9 +121,8 @@ class CtcGroup:
             ``(H,)`` mean losses a line before the step. Lines with fewer steps than CTC needs add nothing.
         """
         lengths = [int(f.shape[0]) for f in features]
-        stacked = torch.cat([f.to(self.device, torch.float32) for f in features])
-        x = (stacked - self.mean) * self.scale
-        flat = torch.addmm(self.bias, x, self.weight)
+        x = self.standardised(torch.cat([f.to(self.device, torch.float32) for f in features]))
+        flat = self.outputs(x)
         # Only the logits carry a graph: the gradient of a linear map is written out.
         flat.requires_grad_(True)
         longest, batch = max(lengths), len(features)
@@ -148,21 +132,12 @@ class CtcGroup:
             # (B, T, H, K, C) -> (T * K, B * H, C)
             shaped = padded.view(batch, longest, self.heads, self.steps, self.classes).permute(1, 3, 0, 2, 4)
             log_p = torch.log_softmax(shaped.reshape(longest * self.steps, batch * self.heads, self.classes), dim=-1)
-            flat_targets = torch.tensor([c for t in targets for _ in range(self.heads) for c in t], dtype=torch.long)
+            flat_targets = torch.tensor([c for t in targets for _ in range(self.heads) for c in t], device=self.device)
             sizes = torch.tensor([len(t) for t in targets for _ in range(self.heads)], dtype=torch.long)
             inputs = torch.tensor([n * self.steps for n in lengths for _ in range(self.heads)], dtype=torch.long)
             loss = F.ctc_loss(log_p, flat_targets, inputs, sizes, reduction="none", zero_infinity=True)
             per_head = loss.view(batch, self.heads).mean(dim=0)
             (gradient,) = torch.autograd.grad(per_head.sum(), flat)
-        rate = self.rate * factor
         with torch.no_grad():
-            self._weight_steps.step(self.weight, x.T @ gradient, rate)
-            self._bias_steps.step(self.bias, gradient.sum(dim=0, keepdim=True), rate)
+            self.update(x, gradient, factor)
         return per_head.detach()
-
-    def export(self, head: int) -> LinearMap:
-        """Head number ``head`` as a linear map of raw features to ``K * C`` logits a token; see ``split_steps``."""
-        width = self.steps * self.classes
-        columns = slice(head * width, (head + 1) * width)
-        weight = self.weight[:, columns] * self.scale[:, None]
-        return LinearMap(weight.clone(), (self.bias[0, columns] - self.mean @ weight).clone())

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["AdamW", "HeadGroup", "LinearMap", "Moments", "warmup_cosine"]
+__all__ = ["AdamW", "HeadGroup", "LinearMap", "ManyHeads", "Moments", "warmup_cosine"]
 
 
 class Moments:
@@ -106,17 +106,69 @@ def warmup_cosine(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-class HeadGroup:
-    """H heads that read the same layer, trained on the same batches by token cross-entropy.
+class ManyHeads:
+    """H linear heads of one width that read the same layer, side by side in one matrix, each with its own rate and decay.
 
     Args:
         moments: of the layer's training tokens.
-        classes: C.
+        width: W, outputs of a head.
         rates: H learning rates.
         decays: H weight decays (of the weights, not of the biases).
         betas: AdamW's.
         norm_eps: of the batch norm.
         device: where the heads live.
+    """
+
+    def __init__(
+        self,
+        moments: Moments,
+        width: int,
+        rates: tuple[float, ...],
+        decays: tuple[float, ...],
+        betas: tuple[float, float],
+        norm_eps: float,
+        device: torch.device,
+    ) -> None:
+        if len(rates) != len(decays):
+            raise ValueError("one rate and one decay a head")
+        mean, scale = moments.standardisation(norm_eps)
+        self.mean, self.scale = mean.to(device), scale.to(device)
+        self.heads, self.width, self.device = len(rates), width, device
+        columns = self.heads * width
+        self.weight = torch.zeros(mean.shape[0], columns, device=device)
+        self.bias = torch.zeros(1, columns, device=device)
+        self.rate = torch.tensor(rates, device=device).repeat_interleave(width)
+        decay = torch.tensor(decays, device=device).repeat_interleave(width)
+        self._weight_steps = AdamW((mean.shape[0], columns), decay, betas, 1e-8, device)
+        self._bias_steps = AdamW((1, columns), torch.zeros_like(decay), betas, 1e-8, device)
+
+    def standardised(self, tokens: Tensor) -> Tensor:
+        """``(T, D)`` tokens with the training set's mean 0 and variance 1."""
+        return (tokens.to(self.device, torch.float32) - self.mean) * self.scale
+
+    def outputs(self, standardised: Tensor) -> Tensor:
+        """``(T, D)`` -> ``(T, H * W)``, head by head."""
+        return torch.addmm(self.bias, standardised, self.weight)
+
+    def update(self, standardised: Tensor, gradient: Tensor, factor: float) -> None:
+        """One step of AdamW from the gradient of ``outputs``, ``(T, H * W)``; ``factor`` is of the learning rates."""
+        rate = self.rate * factor
+        self._weight_steps.step(self.weight, standardised.T @ gradient, rate)
+        self._bias_steps.step(self.bias, gradient.sum(dim=0, keepdim=True), rate)
+
+    def export(self, head: int) -> LinearMap:
+        """Head number ``head`` as a plain linear map of raw tokens to its W outputs."""
+        columns = slice(head * self.width, (head + 1) * self.width)
+        weight = self.weight[:, columns] * self.scale[:, None]
+        return LinearMap(weight.clone(), (self.bias[0, columns] - self.mean @ weight).clone())
+
+
+class HeadGroup(ManyHeads):
+    """``ManyHeads`` of C classes, trained on the same batches by token cross-entropy.
+
+    Args:
+        moments, rates, decays, betas, norm_eps, device: see ``ManyHeads``.
+        classes: C.
     """
 
     def __init__(
@@ -129,26 +181,12 @@ class HeadGroup:
         norm_eps: float,
         device: torch.device,
     ) -> None:
-        if len(rates) != len(decays):
-            raise ValueError("one rate and one decay a head")
-        mean, scale = moments.standardisation(norm_eps)
-        self.mean, self.scale = mean.to(device), scale.to(device)
-        self.heads, self.classes, self.device = len(rates), classes, device
-        columns = self.heads * classes
-        self.weight = torch.zeros(mean.shape[0], columns, device=device)
-        self.bias = torch.zeros(1, columns, device=device)
-        self.rate = torch.tensor(rates, device=device).repeat_interleave(classes)
-        decay = torch.tensor(decays, device=device).repeat_interleave(classes)
-        self._weight_steps = AdamW((mean.shape[0], columns), decay, betas, 1e-8, device)
-        self._bias_steps = AdamW((1, columns), torch.zeros_like(decay), betas, 1e-8, device)
-
-    def _standardise(self, tokens: Tensor) -> Tensor:
-        return (tokens.to(self.device, torch.float32) - self.mean) * self.scale
+        super().__init__(moments, classes, rates, decays, betas, norm_eps, device)
+        self.classes = classes
 
     def logits(self, tokens: Tensor) -> Tensor:
         """``(T, D)`` tokens -> ``(T, H, C)`` logits."""
-        out = torch.addmm(self.bias, self._standardise(tokens), self.weight)
-        return out.view(-1, self.heads, self.classes)
+        return self.outputs(self.standardised(tokens)).view(-1, self.heads, self.classes)
 
     def step(self, tokens: Tensor, counts: Tensor, factor: float) -> Tensor:
         """One step of every head.
@@ -171,19 +209,10 @@ class HeadGroup:
         total = weight.sum()
         if not len(weight):
             return torch.zeros(self.heads, device=self.device)
-        x = self._standardise(tokens)
-        flat = torch.addmm(self.bias, x, self.weight)
+        x = self.standardised(tokens)
+        flat = self.outputs(x)
         log_p = torch.log_softmax(flat.view(-1, self.heads, self.classes), dim=-1)
         loss = -torch.einsum("thc,tc->h", log_p, counts) / total
         residual = log_p.exp_().mul_((weight / total)[:, None, None]).sub_((counts / total)[:, None, :])
-        residual = residual.view(flat.shape)
-        rate = self.rate * factor
-        self._weight_steps.step(self.weight, x.T @ residual, rate)
-        self._bias_steps.step(self.bias, residual.sum(dim=0, keepdim=True), rate)
+        self.update(x, residual.view(flat.shape), factor)
         return loss
-
-    def export(self, head: int) -> LinearMap:
-        """Head number ``head`` as a plain linear map of raw tokens."""
-        columns = slice(head * self.classes, (head + 1) * self.classes)
-        weight = self.weight[:, columns] * self.scale[:, None]
-        return LinearMap(weight.clone(), (self.bias[0, columns] - self.mean @ weight).clone())

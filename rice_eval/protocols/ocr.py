@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,13 +15,10 @@ from rice_eval.adapters.base import EncoderFacts
 from rice_eval.bank.source import ImageTokens, TokenReader
 from rice_eval.datasets.base import Annotation, Dataset
 from rice_eval.datasets.text_crops import Scale, TextCrops
-from rice_eval.errors import DataError
-from rice_eval.metrics.text import one_minus_ned
 from rice_eval.probes.ctc import CtcGroup, best_path, needed_steps
 from rice_eval.probes.linear import Moments, warmup_cosine
 from rice_eval.protocols.base import Context, Head, Outcome, Protocol
 from rice_eval.protocols.ocr_lines import (
-    Charset,
     LineReader,
     LineScorer,
     check_lines,
@@ -31,7 +28,8 @@ from rice_eval.protocols.ocr_lines import (
     remarks,
     unspellable,
 )
-from rice_eval.protocols.segmentation import LAYER_SETS, LayerSet, check_choice, held_out, layers_of
+from rice_eval.protocols.ocr_training import ReadsLines, Rider, TrainingLines
+from rice_eval.protocols.segmentation import LAYER_SETS, LayerSet, check_choice, layers_of
 
 __all__ = ["CtcLinear", "FittedReader"]
 
@@ -139,74 +137,61 @@ class CtcLinear(Protocol):
         crops = self.part("crops", context.train)
         source = context.tokens("train/crops", self.view)
         indices = source.indices
-        if not indices:
-            raise DataError(f"dataset '{context.train.name}': no training image has a legible line")
-        texts = {i: crops.text(i)[0].text for i in indices}
-        charset = Charset.of(self.charset, list(texts.values()))
-        targets = {i: charset.encode(text)[0] for i, text in texts.items()}
-        outside = Counter(c for text in texts.values() for c in charset.encode(text)[1])
         grid = tuple((layer, lr, wd) for layer in layers for lr in self.lrs for wd in self.wds)
-        held: tuple[int, ...] = ()
-        fit: tuple[int, ...] = tuple(indices)
-        if len(grid) > 1:
-            pages = sorted({crops.origin(i)[0] for i in indices})
-            away = set(held_out(pages, self.holdout, self.seed)[1])
-            held = tuple(i for i in indices if crops.origin(i)[0] in away)
-            fit = tuple(i for i in indices if crops.origin(i)[0] not in away)
-        seen = _Sums(crops, layers, frozenset(held), self.pool, context.progress("lines", len(indices)))
+        lines = TrainingLines.of(crops, indices, self.charset, len(grid) > 1, self.holdout, self.seed)
+        seen = _Sums(crops, layers, frozenset(lines.held), self.pool, context.progress("lines", len(indices)))
         source.consume(seen)
         start = time.perf_counter()
-        features = _Features(source.reader(), crops, self.pool, layers)
-        fitter = _Fitter(self, features, targets, charset, context)
+        fitter = _Fitter(self, _Features(source.reader(), crops, self.pool, layers), lines, context)
         heads: tuple[Head, ...] = ()
         best = 0
         if len(grid) > 1:
             groups = {layer: fitter.group(layer, seen.fit[layer], self._pairs()) for layer in layers}
-            fitter.train(groups, fit, context.progress("sweep", self.steps))
-            marks = [m for layer in layers for m in fitter.score(layer, groups[layer], held, texts)]
+            fitter.train(groups, lines.fit, context.progress("sweep", self.steps))
+            marks = [m for layer in layers for m in fitter.score(layer, groups[layer])]
             heads = tuple(Head(_named(*g), m) for g, m in zip(grid, marks))
             best = int(np.argmax(marks))
         layer, lr, wd = grid[best]
-        moments = seen.fit[layer] + seen.held[layer] if held else seen.fit[layer]
+        moments = seen.fit[layer] + seen.held[layer] if lines.held else seen.fit[layer]
         group = fitter.group(layer, moments, ((lr, wd),))
         fitter.train({layer: group}, indices, context.progress("refit", self.steps))
         k = self.token_steps(context.facts, layer)
-        short = sum(needed_steps(targets[i]) > k * seen.columns[layer][i] for i in indices)
-        notes = list(remarks(crops, "train"))
-        if outside:
-            shown = " ".join(repr(c) for c, _ in outside.most_common(8))
-            lines = sum(bool(charset.encode(text)[1]) for text in texts.values())
-            notes.append(
-                f"train: {lines} of {len(texts)} lines have characters outside the charset '{charset.name}', taken out of "
-                f"their targets ({sum(outside.values())} characters: {shown}{' …' if len(outside) > 8 else ''})"
-            )
+        short = sum(needed_steps(lines.targets[i]) > k * seen.columns[layer][i] for i in indices)
+        notes = lines.notes()
         if short:
-            notes.append(f"train: {short} of {len(texts)} lines have more characters than CTC steps and teach nothing")
+            notes += (f"train: {short} of {len(indices)} lines have more characters than CTC steps and teach nothing",)
         return FittedReader(
-            LineReader(group.export(0), layer, k, charset, self.pool, self.beam),
+            LineReader(group.export(0), layer, k, lines.charset, self.pool, self.beam),
             heads or (Head(_named(layer, lr, wd), None),),
             _named(layer, lr, wd),
             {"targets": seen.seconds, "fit": time.perf_counter() - start},
-            tuple(notes),
+            notes,
         )
 
     def run(self, context: Context) -> Outcome:
         """See ``Protocol.run``."""
         fitted = self.fit(context)
+        reader = fitted.reader
         crops = self.part("crops", context.test)
         test = context.tokens("test/crops", self.view)
         scorer = LineScorer(crops, context.panels, context.keep_predictions)
-        consumer = _Read(fitted.reader, crops, scorer, context.progress("read", len(test.indices)))
-        test.consume(consumer)
+
+        def read(tokens: ImageTokens) -> str:
+            grid = tokens.grids[reader.layer][0]
+            count = columns(grid, tokens.frames[0], crops.content_width(tokens.index))
+            return reader.read(tokens.patches[reader.layer][0], grid, count)
+
+        reading = ReadsLines(read, scorer, context.progress("read", len(test.indices)))
+        test.consume(reading)
         statistics, panels, kept = scorer.finish()
         return Outcome(
             statistics=statistics,
             chosen=fitted.chosen,
-            layers=(fitted.reader.layer,),
+            layers=(reader.layer,),
             heads=fitted.heads,
-            seconds={**fitted.seconds, "predict": consumer.seconds},
+            seconds={**fitted.seconds, "predict": reading.seconds},
             panels=panels,
-            warnings=(*fitted.warnings, *remarks(crops, "test"), *unspellable(crops, fitted.reader.charset)),
+            warnings=(*fitted.warnings, *remarks(crops, "test"), *unspellable(crops, reader.charset)),
             predictions=kept,
         )
 
@@ -218,17 +203,7 @@ def _named(layer: int, lr: float, wd: float) -> dict[str, float | int]:
     return {"layer": layer, "lr": lr, "wd": wd}
 
 
-class _NoLabels:
-    """A consumer's ``annotate`` that needs nothing of the image; workers get none of its state."""
-
-    def annotate(self, dataset: Dataset, index: int, frames: tuple[Any, ...]) -> None:
-        """Nothing."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-
-class _Sums(_NoLabels):
+class _Sums(Rider):
     """Rides on the training pass: moments of the lines' features, of both parts of the split."""
 
     def __init__(
@@ -239,24 +214,21 @@ class _Sums(_NoLabels):
         pool: str,
         advance: Callable[[int], None],
     ) -> None:
-        self._crops, self._away, self._pool, self._advance = crops, held, pool, advance
+        super().__init__(advance)
+        self._crops, self._away, self._pool = crops, held, pool
         self._layers = tuple(layers)
         self._moments: tuple[dict[int, Moments], dict[int, Moments]] = ({}, {})
         self._widths: dict[int, int] = {}
         self.columns: dict[int, dict[int, int]] = {layer: {} for layer in layers}
-        self.seconds = 0.0
 
-    def consume(self, tokens: ImageTokens) -> None:
+    def take(self, tokens: ImageTokens) -> None:
         """Take in one crop."""
-        start = time.perf_counter()
         for layer in self._layers:
             count = columns(tokens.grids[layer][0], tokens.frames[0], self._crops.content_width(tokens.index))
             x = line_features(tokens.patches[layer][0], tokens.grids[layer][0], count, self._pool)
             self.columns[layer][tokens.index] = count
             self._widths[layer] = x.shape[1]
             self._moments[tokens.index in self._away].setdefault(layer, Moments(x.shape[1])).add(x)
-        self.seconds += time.perf_counter() - start
-        self._advance(1)
 
     @property
     def fit(self) -> dict[int, Moments]:
@@ -301,8 +273,7 @@ class _Fitter:
 
     protocol: CtcLinear
     features: _Features
-    targets: Mapping[int, list[int]]
-    charset: Charset
+    lines: TrainingLines
     context: Context
 
     def group(self, layer: int, moments: Moments, pairs: Sequence[tuple[float, float]]) -> CtcGroup:
@@ -310,7 +281,7 @@ class _Fitter:
         p = self.protocol
         return CtcGroup(
             moments,
-            self.charset.classes,
+            self.lines.charset.classes,
             p.token_steps(self.context.facts, layer),
             tuple(lr for lr, _ in pairs),
             tuple(wd for _, wd in pairs),
@@ -337,37 +308,16 @@ class _Fitter:
             for layer, group in groups.items():
                 group.step(
                     [f[layer] for f in found],
-                    [self.targets[i] for i in batch],
+                    [self.lines.targets[i] for i in batch],
                     warmup_cosine(step, p.steps, warmup),
                 )
             advance(1)
 
-    def score(self, layer: int, group: CtcGroup, held: Sequence[int], texts: Mapping[int, str]) -> list[float]:
+    def score(self, layer: int, group: CtcGroup) -> list[float]:
         """Mean 1-NED of every head on the held-out lines, decoded greedily, in percent."""
-        totals = np.zeros(group.heads)
-        for index in held:
+        readings: list[list[str]] = [[] for _ in range(group.heads)]
+        for index in self.lines.held:
             logits = group.logits(self.features[index][layer])
-            truth = self.charset.fold(texts[index])
-            for head in range(group.heads):
-                totals[head] += one_minus_ned(truth, self.charset.decode(best_path(logits[head])))
-        return [float(100 * t / max(len(held), 1)) for t in totals]
-
-
-class _Read(_NoLabels):
-    """Reads the test split once, riding on its pass."""
-
-    def __init__(
-        self, reader: LineReader, crops: TextCrops, scorer: LineScorer, advance: Callable[[int], None]
-    ) -> None:
-        self._reader, self._crops, self._scorer, self._advance = reader, crops, scorer, advance
-        self.seconds = 0.0
-
-    def consume(self, tokens: ImageTokens) -> None:
-        """Read one crop."""
-        start = time.perf_counter()
-        grid = tokens.grids[self._reader.layer][0]
-        count = columns(grid, tokens.frames[0], self._crops.content_width(tokens.index))
-        patches = tokens.patches[self._reader.layer][0]
-        self._scorer.add(tokens.index, self._reader.read(patches, grid, count))
-        self.seconds += time.perf_counter() - start
-        self._advance(1)
+            for head, mine in enumerate(readings):
+                mine.append(self.lines.charset.decode(best_path(logits[head])))
+        return [self.lines.mark(mine) for mine in readings]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -16,14 +16,12 @@ from rice_eval.adapters.base import EncoderFacts
 from rice_eval.bank.source import ImageTokens, TokenReader
 from rice_eval.datasets.base import Annotation, Dataset
 from rice_eval.datasets.text_crops import TextCrops
-from rice_eval.errors import DataError
-from rice_eval.metrics.text import one_minus_ned
 from rice_eval.probes.linear import Moments, warmup_cosine
 from rice_eval.probes.reading import AttentiveReader
 from rice_eval.protocols.base import Context, Head, Outcome, Protocol
-from rice_eval.protocols.ocr_lines import Charset, LineScorer, check_lines, columns, crops_of, remarks, unspellable
-from rice_eval.protocols.segmentation import LAYER_SETS, LayerSet, check_choice, held_out, layers_of
-from rice_eval.views import Frame
+from rice_eval.protocols.ocr_lines import LineScorer, check_lines, columns, crops_of, remarks, unspellable
+from rice_eval.protocols.ocr_training import ReadsLines, Rider, TrainingLines
+from rice_eval.protocols.segmentation import LAYER_SETS, LayerSet, check_choice, layers_of
 
 __all__ = ["AttnProbe"]
 
@@ -95,54 +93,42 @@ class AttnProbe(Protocol):
         crops = self.part("crops", context.train)
         source = context.tokens("train/crops", self.view)
         indices = source.indices
-        if not indices:
-            raise DataError(f"dataset '{context.train.name}': no training image has a legible line")
-        texts = {i: crops.text(i)[0].text for i in indices}
-        charset = Charset.of(self.charset, list(texts.values()))
-        targets = {i: charset.encode(text)[0] for i, text in texts.items()}
-        pages = sorted({crops.origin(i)[0] for i in indices})
         grid = tuple((layer, lr) for layer in layers for lr in self.lrs)
-        away = set(held_out(pages, self.holdout, self.seed)[1]) if len(grid) > 1 else set()
-        fit = tuple(i for i in indices if crops.origin(i)[0] not in away)
-        held = tuple(i for i in indices if crops.origin(i)[0] in away)
+        lines = TrainingLines.of(crops, indices, self.charset, len(grid) > 1, self.holdout, self.seed)
         sums = _Sums(layers, context.facts, context.progress("lines", len(indices)))
         source.consume(sums)
         start = time.perf_counter()
         reader = source.reader()
         marks: list[float] = []
         if len(grid) > 1:
-            heads = self._train(context, grid, sums.moments, reader, crops, targets, charset, fit, "sweep")
+            heads = self._train(context, grid, sums.moments, reader, lines, lines.fit, "sweep")
             for (layer, _), head in zip(grid, heads):
-                got = [
-                    one_minus_ned(charset.fold(texts[i]), charset.decode(_read(head, reader[i], layer, crops)))
-                    for i in held
-                ]
-                marks.append(100 * float(np.mean(got)))
+                readings = [lines.charset.decode(_read(head, reader[i], layer, crops)) for i in lines.held]
+                marks.append(lines.mark(readings))
         layer, lr = grid[int(np.argmax(marks))] if marks else grid[0]
-        head = self._train(context, ((layer, lr),), sums.moments, reader, crops, targets, charset, indices, "refit")[0]
+        head = self._train(context, ((layer, lr),), sums.moments, reader, lines, indices, "refit")[0]
         fitted = time.perf_counter() - start
         test_crops = self.part("crops", context.test)
         test = context.tokens("test/crops", self.view)
         scorer = LineScorer(test_crops, context.panels, context.keep_predictions)
-        consumer = _Test(head, layer, charset, test_crops, scorer, context.progress("read", len(test.indices)))
-        test.consume(consumer)
+
+        def read(tokens: ImageTokens) -> str:
+            return lines.charset.decode(_read(head, tokens, layer, test_crops))
+
+        reading = ReadsLines(read, scorer, context.progress("read", len(test.indices)))
+        test.consume(reading)
         statistics, panels, kept = scorer.finish()
-        long = sum(len(t) > self.length for t in targets.values())
-        outside = sum(bool(charset.encode(text)[1]) for text in texts.values())
-        notes = [*remarks(crops, "train"), *remarks(test_crops, "test"), *unspellable(test_crops, charset)]
+        notes = [*lines.notes(), *remarks(test_crops, "test"), *unspellable(test_crops, lines.charset)]
+        long = sum(len(t) > self.length for t in lines.targets.values())
         if long:
-            notes.append(f"train: {long} of {len(texts)} lines are longer than {self.length} characters and were cut")
-        if outside:
-            notes.append(
-                f"train: {outside} of {len(texts)} lines have characters outside the charset '{charset.name}', taken out"
-            )
+            notes.append(f"train: {long} of {len(indices)} lines are longer than {self.length} characters and were cut")
         return Outcome(
             statistics=statistics,
             chosen={"layer": layer, "lr": lr},
             layers=(layer,),
             heads=tuple(Head({"layer": g[0], "lr": g[1]}, m) for g, m in zip(grid, marks))
             or (Head({"layer": layer, "lr": lr}, None),),
-            seconds={"targets": sums.seconds, "fit": fitted, "predict": consumer.seconds},
+            seconds={"targets": sums.seconds, "fit": fitted, "predict": reading.seconds},
             panels=panels,
             warnings=tuple(notes),
             predictions=kept,
@@ -154,9 +140,7 @@ class AttnProbe(Protocol):
         grid: Sequence[tuple[int, float]],
         moments: Mapping[int, Moments],
         reader: TokenReader,
-        crops: TextCrops,
-        targets: Mapping[int, list[int]],
-        charset: Charset,
+        lines: TrainingLines,
         indices: Sequence[int],
         label: str,
     ) -> list[AttentiveReader]:
@@ -164,9 +148,9 @@ class AttnProbe(Protocol):
         heads, optimisers = [], []
         for layer, lr in grid:
             torch.manual_seed(self.seed)  # readers of one width start alike
-            head = AttentiveReader(*moments[layer].standardisation(1e-6), charset.classes, self.length, self.width).to(
-                context.device
-            )
+            head = AttentiveReader(
+                *moments[layer].standardisation(1e-6), lines.charset.classes, self.length, self.width
+            ).to(context.device)
             heads.append(head)
             optimisers.append(torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=self.wd))
         rng = np.random.default_rng(self.seed)
@@ -175,9 +159,9 @@ class AttnProbe(Protocol):
         for step in range(self.steps):
             batch = [indices[k] for k in rng.integers(len(indices), size=min(self.batch, len(indices)))]
             images = [reader[i] for i in batch]
-            wanted = AttentiveReader.targets([targets[i] for i in batch], self.length).to(context.device)
+            wanted = AttentiveReader.targets([lines.targets[i] for i in batch], self.length).to(context.device)
             for layer in dict.fromkeys(layer for layer, _ in grid):
-                tokens, places, valid = (t.to(context.device) for t in _padded(images, batch, layer, crops))
+                tokens, places, valid = (t.to(context.device) for t in _padded(images, batch, layer, lines.crops))
                 for (mine, lr), head, optimiser in zip(grid, heads, optimisers):
                     if mine != layer:
                         continue
@@ -217,44 +201,11 @@ def _read(head: AttentiveReader, image: ImageTokens, layer: int, crops: TextCrop
     return AttentiveReader.decode(head(tokens.to(device), places.to(device), valid.to(device))[0])
 
 
-class _Quiet:
-    """A consumer that asks nothing of the image; workers get none of its state."""
-
-    def annotate(self, dataset: Dataset, index: int, frames: tuple[Frame, ...]) -> None:
-        """Nothing."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-
-class _Sums(_Quiet):
+class _Sums(Rider):
     def __init__(self, layers: Sequence[int], facts: EncoderFacts, advance: Callable[[int], None]) -> None:
+        super().__init__(advance)
         self.moments = {layer: Moments(facts.widths[layer - 1]) for layer in layers}
-        self._advance, self.seconds = advance, 0.0
 
-    def consume(self, tokens: ImageTokens) -> None:
-        start = time.perf_counter()
+    def take(self, tokens: ImageTokens) -> None:
         for layer, moments in self.moments.items():
             moments.add(tokens.patches[layer][0])
-        self.seconds += time.perf_counter() - start
-        self._advance(1)
-
-
-class _Test(_Quiet):
-    def __init__(
-        self,
-        head: AttentiveReader,
-        layer: int,
-        charset: Charset,
-        crops: TextCrops,
-        scorer: LineScorer,
-        advance: Callable[[int], None],
-    ) -> None:
-        self._head, self._layer, self._charset, self._crops = head, layer, charset, crops
-        self._scorer, self._advance, self.seconds = scorer, advance, 0.0
-
-    def consume(self, tokens: ImageTokens) -> None:
-        start = time.perf_counter()
-        self._scorer.add(tokens.index, self._charset.decode(_read(self._head, tokens, self._layer, self._crops)))
-        self.seconds += time.perf_counter() - start
-        self._advance(1)
