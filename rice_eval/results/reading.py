@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import math
 import os
 import re
+import stat
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -85,16 +87,22 @@ def load_record(path: Path | str) -> Record:
 
 def _read(path: Path) -> bytes:
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        # Not blocking: a named pipe nobody writes to would keep us here for ever.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NONBLOCK)) as file:
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return file.read()
     except OSError as error:
         raise RecordError(f"{path}: can't be read ({error.strerror})", "check the path and its permissions") from error
+    raise RecordError(f"{path}: is no regular file", "move it out of the folder of records")
+
+
+_NONBLOCK = getattr(os, "O_NONBLOCK", 0)
 
 
 def _load_slowly(path: Path, data: bytes) -> Record:
     """Any file: an edited one, one laid out anew by an editor, an older version, or none of ours."""
     try:
-        content = json.loads(data, parse_constant=_refuse_constant)
+        content = json.loads(data, object_pairs_hook=_refuse_twins)
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{path}: is not JSON ({error})", _RERUN) from error
     if not isinstance(content, dict) or "schema_version" not in content:
@@ -103,7 +111,10 @@ def _load_slowly(path: Path, data: bytes) -> Record:
         )
     version = content["schema_version"]
     if not isinstance(version, int) or isinstance(version, bool):
-        raise RecordError(f"{path}: field 'schema_version' is {version!r}, not a number", _RERUN)
+        raise RecordError(f"{path}: field 'schema_version' is {version!r}, not a whole number", _RERUN)
+    odd = _not_finite(content)
+    if odd is not None:
+        raise RecordError(f"{path}: field '{odd[0]}' is {odd[1]}, which JSON does not know", _RERUN)
     if version > SCHEMA_VERSION:
         raise RecordError(
             f"{path}: field 'schema_version' is {version}, newer than the {SCHEMA_VERSION} this version of rice-eval knows",
@@ -124,8 +135,25 @@ def _load_slowly(path: Path, data: bytes) -> Record:
     return record
 
 
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number JSON knows")
+def _refuse_twins(pairs: list[tuple[str, Any]]) -> Plain:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twin = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"field '{twin}' is there twice")
+    return content
+
+
+def _not_finite(value: Any, name: str = "") -> tuple[str, float] | None:
+    """The first NaN or infinity in plain JSON values, and where it is."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else (name, value)
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        odd = _not_finite(part, f"{name}.{key}" if name else str(key))
+        if odd is not None:
+            return odd
+    return None
 
 
 _HASHES: dict[tuple[str, int, str], str] = {}
@@ -157,6 +185,8 @@ def _check_hash(content: Plain, path: Path) -> None:
     stored = content.get("digests")
     stored = stored if isinstance(stored, dict) else {}
     edited = sorted(name for name in {*stored, *now} if stored.get(name) != now.get(name))
+    if edited and text_sha256({**content, "digests": now}) == content.get("sha256"):
+        edited = [f"digests.{name}" for name in edited]  # with the digests that its fields give the hash is right
     if not edited:
         raise RecordError(f"{path}: field 'sha256' was edited: it does not match the record", _RERUN)
     names = ", ".join(f"'{name}'" for name in edited[:5]) + (", …" if len(edited) > 5 else "")
@@ -249,7 +279,7 @@ def paused_collector() -> Iterator[None]:
 
 def record_files(root: Path) -> list[Path]:
     """Paths of the records under ``root``, sorted; RecordError where ``root`` does not exist."""
-    if root.is_file():
+    if root.exists() and not root.is_dir():
         return [root]
     if not root.is_dir():
         raise RecordError(f"{root}: does not exist", "point at a results folder or a record file")

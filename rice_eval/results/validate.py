@@ -87,6 +87,8 @@ def migrate_files(roots: Iterable[Path]) -> list[Path]:
 def record_schema() -> dict[str, Any]:
     """JSON Schema (2020-12) of a record."""
     schema = Record.model_json_schema()
+    # These have defaults in Python, where a record is made before it is sealed; a file without them is refused.
+    schema["required"] = sorted({*schema["required"], "schema_version", "digests", "sha256"})
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 

@@ -71,6 +71,9 @@ def test_records_fit_their_schema(tmp_path: Path) -> None:
     jsonschema.validate(content, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**content, "bonus": 1}, schema)
+    for name in ("schema_version", "digests", "sha256", "seconds"):
+        with pytest.raises(jsonschema.ValidationError, match=name):
+            jsonschema.validate({k: v for k, v in content.items() if k != name}, schema)
 
 
 def test_migrate_rewrites_older_files(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,15 @@ EDITS: list[tuple[str, Any, str]] = [
     ("fingerprint", lambda c: c["task"].update(test_fingerprint="0"), "task"),
     ("seeds", lambda c: c.update(seeds=[3]), "seeds"),
     ("per class", lambda c: c["per_class"]["accuracy"].update(sky=99.0), "per_class"),
-    ("digest", lambda c: c["digests"].update(task="0"), "task"),
+    ("digest", lambda c: c["digests"].update(bank="0"), "digests.bank"),
+    ("digest less", lambda c: c["digests"].pop("bank"), "digests.bank"),
+    ("digest and field", lambda c: (c["digests"].update(bank="0"), c.update(seeds=[3])), "seeds"),
+    ("no digests", lambda c: c.pop("digests"), "digests."),
+    ("no hash", lambda c: c.pop("sha256"), "sha256"),
+    ("no version", lambda c: c.pop("schema_version"), "schema_version"),
+    ("version with a point", lambda c: c.update(schema_version=1.0), "schema_version"),
+    ("NaN", lambda c: c["metrics"]["accuracy"].update(value=float("nan")), "metrics.accuracy.value"),
+    ("infinity", lambda c: c.update(losses=[[1.0, float("inf")]]), "losses.0.1"),
     ("unknown field", lambda c: c.update(bonus=1), "bonus"),
     ("nested unknown field", lambda c: c["task"].update(bonus=1), "task.bonus"),
     ("newer version", lambda c: c.update(schema_version=2), "schema_version"),
@@ -136,8 +145,36 @@ def test_an_edited_record_is_refused_by_name(saved: Path, change: Any, field: st
     with pytest.raises(RecordError) as caught:
         load_record(saved)
     assert str(saved) in str(caught.value)
-    assert f"'{field}'" in str(caught.value) or f"field {field}" in str(caught.value), str(caught.value)
+    quoted = f"'{field}" if field.endswith(".") else f"'{field}'"
+    assert quoted in str(caught.value) or f"field {field}" in str(caught.value), str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_version_with_a_point_is_called_what_it_is(saved: Path) -> None:
+    edit(saved, lambda c: c.update(schema_version=1.0))
+    with pytest.raises(RecordError, match="is 1.0, not a whole number"):
+        load_record(saved)
+
+
+@pytest.mark.parametrize("line", [' "metric": "accuracy",', ' "created": "2020-01-01T00:00:00Z",', ' "seeds": [3],'])
+def test_a_field_that_is_there_twice_is_refused(saved: Path, line: str) -> None:
+    """JSON readers keep the last of two, so that the first could say anything."""
+    text = saved.read_text()
+    name = line.split('"')[1]
+    for changed in (text.replace("{\n", "{\n" + line + "\n", 1), text.replace(f' "{name}"', line + f'\n "{name}"', 1)):
+        assert changed != text
+        saved.write_text(changed)
+        with pytest.raises(RecordError, match=f"field '{name}' is there twice"):
+            load_record(saved)
+
+
+def test_a_pipe_among_records_does_not_hang(saved: Path, tmp_path: Path) -> None:
+    pipe = saved.with_name("a.json")
+    os.mkfifo(pipe)
+    with pytest.raises(RecordError, match=r"a\.json: is no regular file"):
+        list(iter_records([tmp_path]))
+    with pytest.raises(RecordError, match="is no regular file"):
+        list(iter_records([pipe]))
 
 
 def test_a_resealed_record_still_needs_the_right_protocol_hash(saved: Path) -> None:
