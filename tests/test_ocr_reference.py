@@ -21,9 +21,11 @@ class Oracle:
     def __init__(self) -> None:
         data = ScenesText("val", 2, size=256)
         self.pages = {data.image(i).tobytes(): data.text(i) for i in range(2)}
+        self.searched = 0
         self.lines = iter([line.text for i in range(2) for line in data.text(i)])
 
     def page(self, image: np.ndarray) -> tuple[list[np.ndarray], list[str]]:
+        self.searched += 1
         lines = self.pages[image.tobytes()]
         return [line.polygon for line in lines], [line.text for line in lines]
 
@@ -42,7 +44,9 @@ class Blind:
 
 
 def test_rows_of_an_oracle_and_a_blind_system(tmp_path: Path):
-    lines, regions, pages = evaluate_reference(Oracle(), options=OPTIONS, results=tmp_path, panels=1, resamples=50)
+    oracle = Oracle()
+    lines, regions, pages = evaluate_reference(oracle, options=OPTIONS, results=tmp_path, panels=1, resamples=50)
+    assert oracle.searched == 2  # two protocols look at both pages
     assert regions.metrics["hmean"][0] == regions.metrics["text_iou"][0] == 100
     assert lines.metrics["word_accuracy_exact"][0] == 100
     assert pages.metrics["hmean"][0] == pages.metrics["spotting"][0] == 100
