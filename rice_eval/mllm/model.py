@@ -19,6 +19,7 @@ from rice_eval.errors import PlanError, UsageError
 from rice_eval.mllm.chat import IGNORE, Chat
 from rice_eval.mllm.conversation import IMAGE, Encoded, Example, Picture, Request, Turn
 from rice_eval.mllm.generate import decode, greedy, left_padded
+from rice_eval.mllm.llava_recipe import Recipe
 from rice_eval.mllm.lm import LanguageModel
 from rice_eval.mllm.projector import Projector
 from rice_eval.mllm.sight import Sight
@@ -36,6 +37,7 @@ class Mllm:
         newline: ``(D_lm,)`` embedding after every row of an ``anyres`` grid; None where there is none.
         lm: the language model.
         chat: template and tokenizer.
+        tuned: recipes that parts of it were trained by here, in order.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Mllm:
                 "train a projector for this language model",
             )
         self.sight, self.projector, self.lm, self.chat = sight, projector, lm, chat
+        self.tuned: tuple[Recipe, ...] = ()
         self.newline = None if newline is None else nn.Parameter(newline.detach().clone(), requires_grad=False)
         self.to(self.device)
 
@@ -261,21 +264,26 @@ class Mllm:
         total, count = self.summed_loss(examples)
         return total / count
 
-    def summed_loss(self, examples: Sequence[Example]) -> tuple[Tensor, int]:
-        """Cross-entropy summed over the assistant's tokens, and their number; see ``loss``."""
+    def summed_loss(self, examples: Sequence[Example], max_length: int | None = None) -> tuple[Tensor, int]:
+        """Cross-entropy summed over the assistant's tokens, and their number; see ``loss``.
+
+        Args:
+            examples: what is learnt.
+            max_length: positions of an example, images' included; what is longer is cut at its end.
+        """
         taught = [self.chat.learn(e) for e in examples]
         images = iter(self._images_of(examples))
         rows, targets = [], []
         for (ids, labels), example in zip(taught, examples):
             own = [next(images) for _ in example.images]
-            rows.append(self.embed(ids, own))
+            rows.append(self.embed(ids, own)[:max_length])
             lengths = iter(t.shape[0] for t in own)
             spread = [
                 label
                 for i, known in zip(ids, labels)
                 for label in ([IGNORE] * next(lengths) if i == self.chat.image_id else [known])
             ]
-            targets.append(torch.tensor(spread, device=self.device))
+            targets.append(torch.tensor(spread[:max_length], device=self.device))
         self._check_room(max(r.shape[0] for r in rows))
         embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         wanted = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORE)[:, 1:]
@@ -289,6 +297,14 @@ class Mllm:
         known = wanted[:, places]
         total = nn.functional.cross_entropy(logits.flatten(0, 1), known.flatten(), ignore_index=IGNORE, reduction="sum")
         return total, int((known != IGNORE).sum())
+
+    def retuned(self, recipe: Recipe) -> None:
+        """Parts were trained by ``recipe``: their fingerprints are others now, and ``facts`` says which parts."""
+        self.tuned += (recipe,)
+        if "lm" in recipe.tuned or "lm-lora" in recipe.tuned:
+            self.lm.changed()
+        if "tower" in recipe.tuned:
+            self.sight.changed(recipe.name)
 
     def fingerprint(self) -> str:
         """sha256 over encoder, projector, newline, language model and all that ``facts`` says."""
@@ -307,4 +323,5 @@ class Mllm:
             "newline": self.newline is not None,
             "lm": self.lm.facts(),
             **self.chat.facts(),
+            "training": [{"recipe": r.name, "hash": r.hash(), "tuned": list(r.tuned)} for r in self.tuned],
         }

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from rice_eval.adapters.base import Encoder
+from rice_eval.adapters.base import Encoder, fingerprint_of
 from rice_eval.errors import PlanError
 from rice_eval.mllm.conversation import Encoded, Picture
 from rice_eval.mllm.tiling import Tiles, Tiling
@@ -33,6 +34,9 @@ class Sight:
         layers: block numbers from 1, or negative from the last; tokens of several are concatenated in this order.
         norm: whether the final norm is applied.
         tiling: how images are cut.
+
+    Attributes:
+        tuned: whether the encoder is being trained: tokens carry a graph and are not kept.
 
     Raises:
         PlanError: a layer the encoder has not.
@@ -60,6 +64,13 @@ class Sight:
         side = self.tiling.square_side
         if side is not None:
             self.encoder.check_size(side, side)
+
+    def changed(self, by: str) -> None:
+        """The encoder was trained: its fingerprint is another one, its facts say so, and no kept token is its own."""
+        facts = self.encoder.facts
+        sha256 = fingerprint_of(self.encoder.tunable().state_dict(), {"before": facts.sha256})
+        self.encoder.facts = replace(facts, sha256=sha256, notes=(*facts.notes, f"tuned by {by}"))
+        self._kept.clear()
 
     def facts(self) -> dict[str, Any]:
         """All that changes a token, as JSON values."""
