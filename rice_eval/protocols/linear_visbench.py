@@ -19,7 +19,7 @@ from rice_eval.adapters.base import EncoderFacts
 from rice_eval.bank.source import ImageTokens
 from rice_eval.datasets.base import IGNORE, Annotation
 from rice_eval.errors import DataError, PlanError
-from rice_eval.probes.targets import token_histograms, token_loss
+from rice_eval.probes.targets import TargetStore, token_histograms, token_loss
 from rice_eval.protocols.base import Context, Head, Outcome, Protocol
 from rice_eval.protocols.online_head import PixelHead, pixel_loss
 from rice_eval.protocols.schedules import schedule
@@ -89,7 +89,8 @@ class VisbenchLinear(Protocol):
         indices = source.indices
         if not indices:
             raise DataError(f"dataset '{context.train.name}' has no training image", "check --data")
-        masks = _Masks(context.progress("labels", len(indices)))
+        pixels = self.loss == "pixel"
+        masks = _Labels(None if pixels else layers[0], context.progress("labels", len(indices)))
         source.consume(masks)
         reader = source.reader()
         start = time.perf_counter()
@@ -109,16 +110,14 @@ class VisbenchLinear(Protocol):
             for index in batch:
                 tokens = reader[index]
                 features.append(feature_map(tokens, layers))
-                labels.append(masks.store[index])
+                labels.append(masks.pixels[index] if pixels else masks.tokens[index].dense(classes))
             logits = head(torch.stack(features).to(context.device))
             optimiser.zero_grad()
-            if self.loss == "pixel":
+            if pixels:
                 pixel_loss(logits, torch.stack(labels).to(context.device), False)
             else:
-                grid = (int(logits.shape[2]), int(logits.shape[3]))
-                counts = torch.stack([token_histograms(m.numpy(), grid, IGNORE).dense(classes) for m in labels])
                 flat = logits.flatten(2).transpose(1, 2).reshape(-1, classes)
-                token_loss(flat, counts.view(-1, classes).to(flat.device)).backward()  # type: ignore[no-untyped-call]
+                token_loss(flat, torch.cat(labels).to(flat.device)).backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             advance(1)
         head.eval()
@@ -155,12 +154,13 @@ class VisbenchLinear(Protocol):
                 yield [indices[k] for k in order[start : start + self.batch]]
 
 
-class _Masks(FrameLabels):
-    """Rides on the training pass: the view's label maps."""
+class _Labels(FrameLabels):
+    """Rides on the training pass: the view's label maps, or the histograms of a layer's tokens."""
 
-    def __init__(self, advance: Callable[[int], None]) -> None:
-        self.store = MaskStore()
-        self._advance = advance
+    def __init__(self, layer: int | None, advance: Callable[[int], None]) -> None:
+        self.pixels = MaskStore()
+        self.tokens = TargetStore()
+        self._layer, self._advance = layer, advance
 
     def consume(self, tokens: ImageTokens) -> None:
         """Take in one image."""
@@ -168,7 +168,10 @@ class _Masks(FrameLabels):
             raise PlanError(
                 "this protocol reads one window an image, not a sliding view", "use a view such as square=224"
             )
-        self.store.add(tokens.index, tokens.target[0])
+        if self._layer is None:
+            self.pixels.add(tokens.index, tokens.target[0])
+        else:
+            self.tokens.add(tokens.index, token_histograms(tokens.target[0], tokens.grids[self._layer][0], IGNORE))
         self._advance(1)
 
 
