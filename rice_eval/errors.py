@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 __all__ = [
     "BankError",
     "CardError",
@@ -18,8 +20,20 @@ __all__ = [
 
 
 def one_line(text: str) -> str:
-    """Collapse every run of white space, newlines included, to one blank."""
-    return " ".join(str(text).split())
+    r"""Text that is safe to show in one line: every run of white space, newlines included, is one blank.
+
+    Control characters and those that turn the direction of what follows become escapes, e.g. ``\x1b`` or ``\u202e``: a name
+    must neither drive a terminal nor rearrange the line it stands in.
+    """
+    return _UNSEEN.sub(lambda found: _escape(found[0]), " ".join(str(text).split()))
+
+
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 class RiceEvalError(Exception):

@@ -165,16 +165,23 @@ def _leaderboard(
         assert output is not None
         tables.write_parquet(boards, output, printed)
     elif format == "table":
-        _print_boards(boards, printed)
+        from rice_eval.cli.tables import print_table, table_text
+
+        shown = _tables(boards, printed)
+        if output is None:
+            for rows, title in shown:
+                print_table(rows, title)
+        else:
+            _write("".join(f"{table_text(rows, title)}\n" for rows, title in shown), output)
     else:
         _write(writers[format](boards, printed), output)
 
 
-def _print_boards(boards: Leaderboard, printed: dict[str, Any]) -> None:
-    from rice_eval.cli.tables import print_table
-
+def _tables(boards: Leaderboard, printed: dict[str, Any]) -> list[tuple[list[dict[str, Any]], str]]:
+    """Rows and title of each board's table."""
+    out = []
     for board in boards.boards:
-        rows = []
+        rows: list[dict[str, Any]] = []
         for row in board.rows:
             interval = "" if row.low is None or row.high is None else f"[{row.low:.2f}, {row.high:.2f}]"
             rows.append(
@@ -191,7 +198,8 @@ def _print_boards(boards: Leaderboard, printed: dict[str, Any]) -> None:
         for r in printed.get(board.name, ()):
             blank = {"rank": "", "of": "printed", "95 %": "", "seeds": "", "params": ""}
             rows.append({**blank, "encoder": f"{r.label} ({r.source})", board.info.title: f"{r.value:g}"})
-        print_table(rows, f"{board.name}: {board.protocol} {board.protocol_hash}, {board.images} images")
+        out.append((rows, f"{board.name}: {board.protocol} {board.protocol_hash}, {board.images} images"))
+    return out
 
 
 def published(

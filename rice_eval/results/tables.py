@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,25 +42,35 @@ def number(value: float | int | None, decimals: int = _DECIMALS) -> str:
 
 
 def _csv(rows: Sequence[Sequence[str]]) -> str:
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(rows)
-    return buffer.getvalue()
+    """Not by the ``csv`` module: whether it quotes a carriage return depends on the version of Python."""
+    return "".join(",".join(map(_cell, row)) + "\n" for row in rows)
+
+
+def _cell(text: str) -> str:
+    return '"' + text.replace('"', '""') + '"' if any(c in ',"\r\n' for c in text) else text
+
+
+def _plain(text: str) -> str:
+    """A name, exactly, but for what a spreadsheet would take for a formula and control characters, which no reader agrees on."""
+    shown = "".join(c if c >= " " or c in "\t\r\n" else f"\\x{ord(c):02x}" for c in text)
+    return f"'{shown}" if shown.lstrip().startswith(("=", "+", "-", "@")) else shown
 
 
 def wide_csv(leaderboard: Leaderboard, references: References | None = None) -> str:
     """One row an encoder, by mean win rate; for each board its value, ``low``, ``high`` and ``rank``.
 
-    Reference rows come last, by encoder and source, with ``reference`` naming the source and no rank.
+    Reference rows come last, by encoder and source, with ``reference`` naming the source and no rank. A name that a spreadsheet
+    would run as a formula (its first character is one of ``= + - @``) has an apostrophe before it.
     """
     boards = leaderboard.boards
     header = ["encoder", "weights_sha256", "params", "boards", "mean_win_rate", "borda", "reference"]
     for board in boards:
-        header += [board.name, f"{board.name} low", f"{board.name} high", f"{board.name} rank"]
+        header += [_plain(f"{board.name}{part}") for part in ("", " low", " high", " rank")]
     on = [{row.encoder: row for row in board.rows} for board in boards]
     lines = [header]
     for standing in leaderboard.standings:
         line = [
-            standing.encoder,
+            _plain(standing.encoder),
             standing.record.encoder.sha256,
             number(standing.record.encoder.params),
             number(standing.boards),
@@ -82,7 +91,7 @@ def wide_csv(leaderboard: Leaderboard, references: References | None = None) -> 
         for reference in (references or {}).get(board.name, ()):
             printed.setdefault((reference.label, reference.source), {})[board.name] = reference.value
     for (label, source), values in sorted(printed.items()):
-        line = [label, "", "", "", "", "", source]
+        line = [_plain(label), "", "", "", "", "", _plain(source)]
         for board in boards:
             line += [number(values.get(board.name)), "", "", ""]
         lines.append(line)
@@ -90,7 +99,10 @@ def wide_csv(leaderboard: Leaderboard, references: References | None = None) -> 
 
 
 def long_rows(leaderboard: Leaderboard, references: References | None = None) -> list[dict[str, Any]]:
-    """One row a board and encoder, boards by name, best first, reference rows last: plain values under stable names."""
+    """One row a board and encoder, boards by name, best first, reference rows last: plain values under stable names.
+
+    A reference row has the protocol that was printed; what was not (key, hash, split, images, ranks) is None.
+    """
     out: list[dict[str, Any]] = []
     for board in leaderboard.boards:
         common = {
@@ -126,20 +138,14 @@ def long_rows(leaderboard: Leaderboard, references: References | None = None) ->
                     "reference": None,
                 }
             )
+        names = out[-1]
         for reference in (references or {}).get(board.name, ()):
-            blank = dict.fromkeys(_OWN)
             out.append(
-                common
-                | blank
+                dict.fromkeys(names)
+                | {"board": board.name, "task": board.task, "metric": board.metric, "protocol": reference.protocol}
                 | {"encoder": reference.label, "value": _rounded(reference.value), "reference": reference.source}
             )
     return out
-
-
-_OWN = (
-    "encoder", "weights_sha256", "value", "low", "high", "seed_sd", "seeds", "rank", "rank_low", "rank_high", "rank_method",
-    "near_best", "params", "flops", "tokens_per_image",
-)  # fmt: skip
 
 
 def _rounded(value: float | None) -> float | None:
@@ -154,7 +160,7 @@ def long_csv(leaderboard: Leaderboard, references: References | None = None) -> 
     def cell(value: Any) -> str:
         if isinstance(value, bool):
             return "yes" if value else "no"
-        return "" if value is None else number(value) if isinstance(value, int | float) else str(value)
+        return "" if value is None else number(value) if isinstance(value, int | float) else _plain(value)
 
     return _csv([header, *[[cell(row[name]) for name in header] for row in rows]])
 
@@ -187,11 +193,16 @@ def _caption(board: Board) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """Text as one Markdown table cell, shown as it is."""
+    """Text as one Markdown table cell, shown as it is: no markup, no formula, no mention of a user."""
     out = one_line(text).replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    for mark in "|`*_[]~#":
+    for mark in "|`*_[]~#$":
         out = out.replace(mark, f"\\{mark}")
-    return out
+    return _MENTION.sub("<span>@</span>", out)
+
+
+_MENTION = re.compile(
+    r"(?<!\w)@(?=\w)"
+)  # a site may turn @name into a link that notifies someone; name@12345678 is none
 
 
 def markdown(leaderboard: Leaderboard, references: References | None = None) -> str:
@@ -232,10 +243,12 @@ def _millions(params: int) -> str:
 _TEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+    "[": "{[}", "]": "{]}", "*": "{*}",
 }  # fmt: skip
 
 
 def _tex(text: str) -> str:
+    r"""Text as a cell. Brackets and stars are in braces: at the start of a row they would be arguments of ``\\`` before it."""
     return "".join(_TEX.get(c, c) for c in one_line(text))
 
 

@@ -98,8 +98,7 @@ def test_command_leaderboard(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     first = capsys.readouterr().out
     assert "segmentation/toy" in first
     assert run("leaderboard", tmp_path, "-f", format, "-o", tmp_path / "out") == 0
-    if format != "table":
-        assert (tmp_path / "out").read_text() == first
+    assert (tmp_path / "out").read_text() == first
 
 
 def test_command_leaderboard_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
