@@ -26,6 +26,8 @@ __all__ = [
     "Catalogue",
     "EncoderCard",
     "FamilyCard",
+    "LmmsCard",
+    "LmmsMetric",
     "SourceCard",
     "TaskCard",
     "catalogue",
@@ -86,6 +88,24 @@ class FamilyCard(_Strict):
     encoders: tuple[EncoderCard, ...] = Field(min_length=1)
 
 
+class LmmsMetric(_Strict):
+    """A metric of a benchmark that lmms-eval judges."""
+
+    name: str = Field(description="what a record calls it")
+    key: str = Field(description="what lmms-eval calls it")
+    scale: float = Field(100.0, description="what its value is multiplied by")
+    percent: bool = Field(True, description="whether it is then 0 to 100")
+
+
+class LmmsCard(_Strict):
+    """How lmms-eval runs a benchmark."""
+
+    task: str | None = Field(description="its task's id; None where it has no such task")
+    metrics: tuple[LmmsMetric, ...] = ()
+    network: bool = Field(True, description="whether its data come from the hub")
+    api: str | None = Field(None, description="a model behind a service that scores the answers")
+
+
 class TaskCard(_Strict):
     """One benchmark: a dataset, its splits, a view, the protocols that apply and the headline metric."""
 
@@ -102,6 +122,7 @@ class TaskCard(_Strict):
     license: str | None = None
     paper: str | None = None
     note: str | None = None
+    lmms: LmmsCard | None = Field(None, description="of benchmarks that lmms-eval judges; None where the data are read here")
 
 
 _Card = TypeVar("_Card", bound=_Strict)

@@ -129,6 +129,7 @@ datasets: Registry[object] = Registry(
         "scenes": "rice_eval.datasets.scenes:factory",
         "scenes-text": "rice_eval.datasets.scenes_text_set:factory",
         "scenes-vqa": "rice_eval.datasets.scenes_vqa:factory",
+        "lmms-eval": "rice_eval.datasets.lmms_eval:factory",
         "coco-panoptic": "rice_eval.datasets.coco_panoptic:factory",
         "ade20k": "rice_eval.datasets.segmentation:ade20k",
         "cityscapes": "rice_eval.datasets.segmentation:cityscapes",
@@ -162,6 +163,7 @@ protocols: Registry[object] = Registry(
     {
         "linear": "rice_eval.protocols.linear:Linear",
         "perception-probe": "rice_eval.protocols.perception:PerceptionProbe",
+        "lmms-eval": "rice_eval.protocols.lmms:LmmsEval",
         "head-import": "rice_eval.protocols.heads:HeadImport",
         "zero-shot-seg": "rice_eval.protocols.zeroshot:ZeroShotSeg",
         "capi-knn": "rice_eval.protocols.knn:CapiKnn",

@@ -71,6 +71,8 @@ METRICS: dict[str, MetricInfo] = {
     "recall_at_10": MetricInfo("recall at 10"),
     "accuracy": MetricInfo("accuracy"),
     "anls": MetricInfo("ANLS"),
+    "blind_accuracy": MetricInfo("accuracy without the image"),
+    "mean_image_accuracy": MetricInfo("accuracy with the mean image"),
 }
 """Metrics by the name a record uses. Rates are in percent, 0 to 100."""
 

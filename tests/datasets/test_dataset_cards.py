@@ -10,9 +10,13 @@ from rice_eval.errors import DataError, UsageError
 from rice_eval.views import View
 
 CARDS = catalogue().tasks
-EMBEDDED = {"scenes", "scenes-text"}
+EMBEDDED = {"scenes", "scenes-text", "scenes-vqa"}
 # Two cards leave an option to the user: which annotation files, which of the hundred sets.
-NEEDS = {"coco-format": "_json|needs files of yours", "roboflow100": "set|needs files of yours"}
+NEEDS = {
+    "lmms-eval": "read and scored by lmms-eval",
+    "coco-format": "_json|needs files of yours",
+    "roboflow100": "set|needs files of yours",
+}
 
 
 @pytest.mark.parametrize("name", sorted(CARDS))

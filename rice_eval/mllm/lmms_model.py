@@ -1,0 +1,166 @@
+"""What lmms-eval sees of this package: ``--model rice_eval`` (entry-point group ``lmms_eval.models``).
+
+``lmms_eval`` finds ``manifest`` by its entry point and imports ``RiceEval`` when the model is asked for. Only lmms-eval imports
+this module; the rest of the package never needs it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    lmms = object
+else:
+    from lmms_eval.api.model import lmms
+
+__all__ = ["RiceEval", "manifest"]
+
+
+def manifest() -> Any:
+    """The ``ModelManifest`` of ``rice_eval``; what the entry point names."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(model_id="rice_eval", simple_class_path="rice_eval.mllm.lmms_model.RiceEval")
+
+
+def _flag(value: Any) -> bool:
+    return str(value).lower() in ("1", "true", "yes")
+
+
+class RiceEval(lmms):
+    """A model of this package under lmms-eval.
+
+    Args (``--model_args``):
+        model: folder of a trained probe (``mllm.yaml``), or a LLaVA checkpoint that ``rice_eval.mllm.checkpoints`` reads.
+        control: empty; ``blind`` leaves every image out; ``mean_image`` shows the training set's mean tokens (probes only).
+        device: torch device.
+        dtype: of the language model: ``float32``, ``bfloat16``, ``float16``.
+        system: a system message in place of the one of training.
+        facts: a file that is written with what the model is made of.
+        max_new_tokens: replaces the task's own limit; 0 keeps it.
+        batch_size: taken and ignored for probes, whose questions run by image; requests a batch for checkpoints.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        model: str = "",
+        control: str = "",
+        device: str | None = None,
+        dtype: str = "float32",
+        system: str | None = None,
+        max_new_tokens: int | str = 0,
+        facts: str = "",
+        batch_size: int | str = 1,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        from rice_eval.errors import UsageError
+        from rice_eval.mllm.bundle import MANIFEST, load_bundle
+
+        unknown.pop("max_batch_size", None)
+        if unknown:
+            raise UsageError(
+                f"--model_args: '{sorted(unknown)[0]}' is not known to rice_eval",
+                "it takes model, control, device, dtype, system, facts, max_new_tokens",
+            )
+        if control not in ("", "blind", "mean_image"):
+            raise UsageError(f"--model_args control={control}", "choose blind or mean_image, or leave it out")
+        folder = Path(model)
+        where = device if device not in (None, "", "None") else "cpu"
+        kind = getattr(torch, dtype, None)
+        if not isinstance(kind, torch.dtype):
+            raise UsageError(f"--model_args dtype={dtype}", "choose float32, bfloat16 or float16")
+        self.stored: str | None = None
+        tuned: tuple[str, ...] = ("checkpoint",)
+        if (folder / MANIFEST).is_file():
+            self.mllm, told = load_bundle(folder, str(where), kind)
+            self.system: str | None = told.system
+            self.stored, tuned = told.stored, told.tuned
+        else:
+            from rice_eval.mllm.checkpoints import load
+
+            self.mllm = load(model, dtype=kind, device=str(where))
+            self.system = None
+        self.system = system if system is not None else self.system
+        if facts:
+            _write_facts(Path(facts), self.mllm, tuned)
+        self.control, self.limit, self.batch = control, int(max_new_tokens), int(batch_size)
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        """Answers in the order of the requests."""
+        from rice_eval.mllm.answer import answer
+        from rice_eval.mllm.conversation import Request
+
+        out = [""] * len(requests)
+        # Questions about one image follow each other, so that it goes through the encoder once.
+        order = sorted(range(len(requests)), key=lambda n: (requests[n].args[4], _place(requests[n].args[3])))
+        by_settings: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+        for n in order:
+            settings = requests[n].args[1]
+            most = self.limit or int(settings.get("max_new_tokens", 64))
+            until = settings.get("until") or ()
+            stops = (until,) if isinstance(until, str) else tuple(str(u) for u in until)
+            by_settings.setdefault((most, stops), []).append(n)
+        for (most, stops), places in by_settings.items():
+            shown = self._images([self._visuals(requests[n]) for n in places])
+            asked = [
+                Request(str(requests[n].args[0]), images, self.system) for n, images in zip(places, shown, strict=True)
+            ]
+            for n, text in zip(places, answer(self.mllm, asked, most, stops), strict=True):
+                out[n] = text
+        return out
+
+    def _visuals(self, request: Any) -> list[Any]:
+        if self.control == "blind":
+            return []
+        _, _, doc_to_visual, doc_id, task, split = request.args
+        return list(doc_to_visual(self.task_dict[task][split][doc_id]) or ())
+
+    def _images(self, visuals: list[list[Any]]) -> list[tuple[Any, ...]]:
+        """Equal images become one object, encoded once, rounded as the bank rounds them."""
+        from rice_eval.mllm.bundle import seen_as
+
+        kept: dict[bytes, Any] = {}
+        out = []
+        for row in visuals:
+            images = []
+            for image in row:
+                key = image.convert("RGB").tobytes() + repr(image.size).encode()
+                if key not in kept:
+                    kept[key] = seen_as(self.mllm, image, self.stored, self.control)
+                images.append(kept[key])
+            out.append(tuple(images))
+        return out
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        """Not offered: every benchmark with a card here is generative."""
+        raise NotImplementedError("rice_eval answers by generation; choose a generate_until task")
+
+    def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
+        """Not offered."""
+        raise NotImplementedError("rice_eval answers single-round tasks")
+
+
+def _write_facts(path: Path, mllm: Any, tuned: tuple[str, ...]) -> None:
+    """What a record says of the model. A language model that was trained is told by its class, a frozen one by its weights."""
+    from rice_eval.adapters.base import facts_as_dict
+
+    lm = mllm.lm.facts()
+    told = {
+        "mllm": mllm.facts(),
+        "fingerprint": mllm.fingerprint(),
+        "encoder": facts_as_dict(mllm.encoder.facts),
+        "tuned": list(tuned),
+        "lm": lm["sha256"] if tuned == ("projector",) else f"{lm['class']} {lm['params']}",
+    }
+    path.write_text(json.dumps(told), encoding="utf-8")
+
+
+def _place(doc_id: Any) -> tuple[int, str]:
+    return (int(doc_id), "") if str(doc_id).isdigit() else (0, str(doc_id))

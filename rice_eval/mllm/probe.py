@@ -1,0 +1,261 @@
+"""The ``perception-probe``: encoder and language model frozen, a projector between them trained on banked tokens.
+
+Tokens are averaged onto a small grid, standardised by the training set, and mapped by a two-layer MLP. Nothing else learns, so
+what a language model can be told about an image is what the encoder's tokens hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rice_eval.errors import CheckpointError, DataError
+from rice_eval.mllm.conversation import Encoded, Example, Turn
+from rice_eval.mllm.model import Mllm
+from rice_eval.mllm.probe_state import ProbeState
+from rice_eval.mllm.projector import Projector
+from rice_eval.mllm.vqa import SYSTEM, Dialogue
+
+__all__ = ["PooledProjector", "Schedule", "Trained", "fit", "load_projector", "pool", "projector_bytes", "sha256_of"]
+
+_CLIP = 1.0  # gradient norm; the customary value of LLaVA's recipes (Trainer's max_grad_norm)
+_WARMUP = 0.03  # share of the steps; as LLaVA's stage 1 (arXiv 2310.03744, table 9)
+
+
+def pool(tokens: Tensor, grid: tuple[int, int], side: int) -> Tensor:
+    """``(B, h*w, D)`` -> ``(B, side*side, D)``: means over a grid of ``side`` x ``side`` cells (adaptive average)."""
+    if grid == (side, side):
+        return tokens
+    batch, _, width = tokens.shape
+    maps = tokens.transpose(1, 2).reshape(batch, width, *grid)
+    return nn.functional.adaptive_avg_pool2d(maps, side).flatten(2).transpose(1, 2).contiguous()
+
+
+class PooledProjector(Projector):
+    """Average onto ``side`` x ``side``, standardise by channel, two linear layers with gelu, root mean square of a word's
+    embedding (times one learned factor).
+
+    A frozen language model reads embeddings of the size it knows; without the last step, Adam's first steps blow them up to fifty
+    times that.
+
+    Args:
+        width_in, width_out: of the encoder's tokens (all layers together) and of the language model's embeddings.
+        side: image tokens a side; an image becomes ``side**2`` embeddings, whatever the encoder's grid.
+        hidden: width between the layers.
+        seed: of the first weights.
+    """
+
+    def __init__(self, width_in: int, width_out: int, side: int, hidden: int, seed: int = 0) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            super().__init__("mlp2x_gelu", width_in, width_out, hidden=hidden)
+        self.side = side
+        self.mean: Tensor
+        self.scale: Tensor
+        self.register_buffer("mean", torch.zeros(width_in))
+        self.register_buffer("scale", torch.ones(width_in))
+        self.size: Tensor
+        self.register_buffer("size", torch.ones(()))
+        self.gain = nn.Parameter(torch.zeros(()))
+
+    def start(self, tokens: Iterable[Tensor], embeddings: Tensor) -> None:
+        """Take mean and scale from the training set's pooled tokens, and the size of an output from the words' embeddings.
+
+        Args:
+            tokens: ``(n, D)`` each, pooled; walked once.
+            embeddings: ``(V, D_lm)`` the language model's input embeddings.
+        """
+        count, total, squares = 0, torch.zeros(()), torch.zeros(())
+        for rows in tokens:
+            rows64 = rows.double()
+            total, squares, count = total + rows64.sum(0), squares + rows64.square().sum(0), count + len(rows)
+        if count == 0:
+            raise DataError("no training image has tokens", "check the training split")
+        mean = total / count
+        deviation = (squares / count - mean.square()).clamp_min(0).sqrt()
+        self.mean.copy_(mean)
+        # A channel that never moves stays as it is instead of being blown up.
+        self.scale.copy_(torch.where(deviation > 1e-6, 1 / deviation.clamp_min(1e-6), torch.ones_like(deviation)))
+        self.size.copy_(embeddings.float().square().mean().sqrt())
+
+    def grid_out(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """``(side, side)``, whatever the grid."""
+        return self.side, self.side
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """``(T, h*w, D)`` -> ``(T, side*side, D_lm)``."""
+        first = self.layers[0]
+        assert isinstance(first, nn.Linear)
+        cells = pool(tokens.to(first.weight.dtype), grid, self.side)
+        out = super().forward((cells - self.mean) * self.scale, (self.side, self.side))
+        return out * torch.rsqrt(out.square().mean(-1, keepdim=True) + 1e-6) * (self.size * self.gain.exp())
+
+    def facts(self) -> dict[str, object]:
+        """See ``Projector.facts``; with the side of the grid."""
+        return {**super().facts(), "kind": "pooled-mlp2x_gelu", "side": self.side}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the projector learns: AdamW, warm-up over 3 % of the steps, then half a cosine.
+
+    Attributes:
+        lr: peak rate.
+        weight_decay: of AdamW.
+        batch: conversations a step.
+        epochs: passes over the training images.
+        turns: questions of one conversation at most.
+        seed: of weights, order of images, order of questions.
+    """
+
+    lr: float
+    weight_decay: float
+    batch: int
+    epochs: float
+    turns: int
+    seed: int
+
+    def steps(self, images: int) -> int:
+        """Steps in all."""
+        return max(1, math.ceil(images * self.epochs / self.batch))
+
+    def factor(self, step: int, steps: int) -> float:
+        """Of the peak rate at ``step``, from 0."""
+        warmup = max(1, math.ceil(_WARMUP * steps))
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+    def batch_at(self, step: int, images: int) -> list[int]:
+        """Positions of the images of ``step``: every epoch is a permutation of its own, so that a resumed run sees the same."""
+        out = []
+        for k in range(step * self.batch, (step + 1) * self.batch):
+            epoch, place = divmod(k, images)
+            order = torch.randperm(images, generator=_generator(self.seed, 1, epoch))
+            out.append(int(order[place]))
+        return out
+
+
+def _generator(*parts: int) -> torch.Generator:
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training left: mean loss of each window of steps ``(last step, loss)``, steps, tokens learned from, and whether it resumed."""
+
+    curve: tuple[tuple[float, float], ...]
+    steps: int
+    resumed_at: int
+
+
+def shuffled(dialogue: Dialogue, schedule: Schedule, visit: int, index: int) -> tuple[Turn, ...]:
+    """The turns of one visit to a conversation: some questions in a drawn order, the caption last."""
+    order = torch.randperm(len(dialogue.questions), generator=_generator(schedule.seed, 2, visit, index)).tolist()
+    return dialogue.turns([int(k) for k in order[: schedule.turns]])
+
+
+def fit(
+    mllm: Mllm,
+    tokens: Sequence[Tensor],
+    dialogues: Sequence[Dialogue],
+    schedule: Schedule,
+    state: ProbeState,
+    advance: Callable[[int], None] = lambda n: None,
+    window: int = 25,
+) -> Trained:
+    """Train the model's ``PooledProjector`` and nothing else.
+
+    Args:
+        mllm: encoder and language model stay frozen.
+        tokens: ``(side*side, D)`` pooled tokens of each training image.
+        dialogues: what is said about each.
+        schedule: rates and numbers of steps.
+        state: where a killed run goes on from.
+        advance: called with the number of steps done, the restored ones included.
+        window: steps averaged into one point of the curve.
+
+    Raises:
+        DataError: the loss is not finite.
+        CheckpointError: a state that is not this run's.
+    """
+    projector = mllm.projector
+    if not isinstance(projector, PooledProjector):
+        raise CheckpointError("the perception probe trains its own projector", "build the model with a PooledProjector")
+    side = projector.side
+    projector.train()
+    parameters = [p for p in projector.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, betas=(0.9, 0.95), weight_decay=schedule.weight_decay)
+    steps = schedule.steps(len(tokens))
+    first, curve, pending = state.restore(projector, optimizer)
+    advance(first)
+    for step in range(first, steps):
+        picked = schedule.batch_at(step, len(tokens))
+        visit = step * schedule.batch // len(tokens)
+        examples = [
+            Example(
+                (Turn("system", SYSTEM), *shuffled(dialogues[k], schedule, visit, k)),
+                (Encoded(tokens[k], (side, side)),),
+            )
+            for k in picked
+        ]
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.lr * schedule.factor(step, steps)
+        optimizer.zero_grad(set_to_none=True)
+        loss = mllm.loss(examples)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise DataError(f"the probe's loss is {value} at step {step + 1}", "lower --set lr")
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(parameters, _CLIP)
+        optimizer.step()
+        pending.append(value)
+        if len(pending) == window or step + 1 == steps:
+            curve.append((float(step + 1), sum(pending) / len(pending)))
+            pending = []
+        advance(1)
+        state.save(step + 1, projector, optimizer, curve, pending, force=step + 1 == steps)
+    projector.eval()
+    return Trained(tuple(curve), steps, first)
+
+
+def sha256_of(projector: nn.Module) -> str:
+    """sha256 over the names and bytes of a projector's tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(projector.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def projector_bytes(projector: PooledProjector) -> bytes:
+    """Its weights as safetensors; the bytes depend on them alone."""
+    from safetensors.torch import save
+
+    return bytes(save({k: v.detach().cpu().contiguous() for k, v in sorted(projector.state_dict().items())}))
+
+
+def load_projector(path: Path, told: dict[str, Any]) -> PooledProjector:
+    """Read what ``projector_bytes`` gave; ``told`` are ``side``, ``hidden``, ``width_in``, ``width_out``.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another shape.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: can't be read ({str(error)[:120]})", "train the probe again") from error
+    projector = PooledProjector(told["width_in"], told["width_out"], told["side"], told["hidden"])
+    projector.fill(tensors, str(path))
+    return projector.eval()

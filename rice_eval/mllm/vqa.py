@@ -1,0 +1,97 @@
+"""Short-answer questions about images: conversations to learn from, requests to answer, in LLaVA's formats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rice_eval.datasets.base import Dataset, Question
+from rice_eval.datasets.scenes_vqa import CAPTION, POST_PROMPT
+from rice_eval.errors import DataError
+from rice_eval.mllm.conversation import IMAGE, Turn
+
+__all__ = ["SYSTEM", "Asked", "Dialogue", "asked", "dialogues", "llava_entries", "prompt_of"]
+
+SYSTEM = "Answer questions about an image."
+"""The system message of the probe, in training and in testing; short, since every conversation pays for it."""
+
+
+def prompt_of(question: str) -> str:
+    """A question asked alone, with the short-answer words of LLaVA-1.5."""
+    return question + POST_PROMPT
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """What is said about one training image: questions with answers, and captions."""
+
+    questions: tuple[Question, ...]
+    captions: tuple[Question, ...] = ()
+
+    def turns(self, order: Sequence[int] | None = None) -> tuple[Turn, ...]:
+        """User and assistant in turn. The first question carries the short-answer words, as in LLaVA-1.5's data; captions
+        come last, so that no answer can be read off them."""
+        asked = [self.questions[k] for k in (order if order is not None else range(len(self.questions)))]
+        out: list[Turn] = []
+        for q in asked:
+            out += [Turn("user", q.question if out else prompt_of(q.question)), Turn("assistant", q.answer)]
+        for q in self.captions:
+            out += [Turn("user", q.question), Turn("assistant", q.answer)]
+        return tuple(out)
+
+
+def dialogues(dataset: Dataset, captions: bool = True) -> list[Dialogue]:
+    """What is said about each image of a training split; ``captions`` False leaves captions out.
+
+    Raises:
+        DataError: an image nothing is said about.
+    """
+    out = []
+    for index in range(len(dataset)):
+        said = dataset.questions(index)
+        told = Dialogue(
+            tuple(q for q in said if q.kind != CAPTION), tuple(q for q in said if captions and q.kind == CAPTION)
+        )
+        if not told.turns():
+            raise DataError(
+                f"dataset '{dataset.name}': image {dataset.image_id(index)} has no question", "leave it out"
+            )
+        out.append(told)
+    return out
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question of the test split: ``id`` is unique in it, ``index`` the image's."""
+
+    id: str
+    index: int
+    image_id: str
+    kind: str
+    question: str
+    answer: str
+
+    @property
+    def prompt(self) -> str:
+        """What the model is asked, without template and image."""
+        return prompt_of(self.question)
+
+
+def asked(dataset: Dataset) -> list[Asked]:
+    """All questions of a split, image by image."""
+    return [
+        Asked(f"{dataset.image_id(i)}-{k}", i, dataset.image_id(i), q.kind, q.question, q.answer)
+        for i in range(len(dataset))
+        for k, q in enumerate(dataset.questions(i))
+        if q.kind != CAPTION
+    ]
+
+
+def llava_entries(dataset: Dataset, captions: bool = True) -> Iterator[dict[str, Any]]:
+    """A split in the format of LLaVA's instruction files: ``id``, ``image``, ``conversations`` of ``human`` and ``gpt``."""
+    names = {"user": "human", "assistant": "gpt"}
+    for index, dialogue in enumerate(dialogues(dataset, captions)):
+        said = [{"from": names[turn.role], "value": turn.text} for turn in dialogue.turns()]
+        said[0]["value"] = f"{IMAGE}\n{said[0]['value']}"
+        yield {"id": dataset.image_id(index), "image": f"images/{dataset.image_id(index)}.png", "conversations": said}

@@ -1,0 +1,285 @@
+"""Running multimodal evaluations: train a probe and judge it, or judge a model that is there, into records."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rice_eval.cards import TaskCard, catalogue
+from rice_eval.datasets import load_dataset
+from rice_eval.datasets.base import Dataset
+from rice_eval.datasets.subset import Subset
+from rice_eval.environment import describe, peak_memory_mb
+from rice_eval.errors import PlanError, UsageError
+from rice_eval.mllm.lmms import LmmsRun, check_online, python_for, run_lmms
+from rice_eval.mllm.lmms_scores import scored
+from rice_eval.mllm.lmms_task import write_task
+from rice_eval.registry import did_you_mean
+from rice_eval.results.bootstrap import KIND, intervals
+from rice_eval.results.record import (
+    Cost,
+    EncoderEntry,
+    Environment,
+    IntervalEntry,
+    JudgeEntry,
+    Metric,
+    ProtocolEntry,
+    Record,
+    TaskEntry,
+    settings_hash,
+)
+from rice_eval.results.store import ResultStore
+from rice_eval.run import Result, evaluate
+
+__all__ = ["RECIPES", "judge_model", "train_and_judge", "write_local_task"]
+
+RECIPES = ("perception-probe",)
+"""Recipes that train here, on tokens of the bank; ``llava-next`` trains under torchrun and is then judged with ``--model``."""
+
+PROTOCOL, PROTOCOL_VERSION = "lmms-eval", 1
+"""Id of records of models that were judged and not trained here."""
+
+_RESAMPLES = 2000
+
+
+def _judge_python(judge: str, python: Path | None) -> Path | None:
+    """The interpreter with lmms-eval, or None for the judge of this package."""
+    if judge not in ("auto", "rice-eval", "lmms-eval"):
+        raise UsageError(f"--judge {judge} is not known", "choose auto, rice-eval or lmms-eval")
+    if judge == "rice-eval":
+        if python is not None:
+            raise UsageError("--lmms-python names lmms-eval's environment", "leave --judge rice-eval out")
+        return None
+    if judge == "auto" and python is None and importlib.util.find_spec("lmms_eval") is None:
+        return None
+    return python_for(python)
+
+
+def train_and_judge(
+    encoders: Sequence[str],
+    tasks: Sequence[str],
+    *,
+    recipe: str = "perception-probe",
+    settings: Mapping[str, Any] | None = None,
+    judge: str = "auto",
+    lmms_python: Path | None = None,
+    **arguments: Any,
+) -> list[Result]:
+    """Train a recipe's projector for each encoder and judge the models.
+
+    Args:
+        encoders: registry names.
+        tasks: names of task cards of kind ``mllm`` with a training split.
+        recipe: one of ``RECIPES``.
+        settings: fields of the recipe's protocol (``lm``, ``side``, ``lr``, …).
+        judge: ``auto``, ``rice-eval`` or ``lmms-eval``.
+        lmms_python: interpreter of the environment that has lmms-eval.
+        **arguments: of ``rice_eval.run.evaluate``.
+
+    Returns:
+        One result a pair of encoder and task.
+
+    Raises:
+        RiceEvalError: anything a user can mend, in one line.
+    """
+    if recipe == "llava-next":
+        raise UsageError(
+            "--recipe llava-next trains on LLaVA's data, not on the bank",
+            "train it as docs/mllm.md says, then judge it with --model FOLDER",
+        )
+    if recipe not in RECIPES:
+        raise UsageError(f"--recipe {recipe} is not known", did_you_mean(recipe, (*RECIPES, "llava-next")))
+    cards = catalogue(tuple(Path(p) for p in arguments.get("include") or ()))
+    for name in tasks:
+        card = cards.task(name)
+        if card.kind != "mllm":
+            raise UsageError(f"task '{name}' is of kind {card.kind}", "choose one of kind mllm (rice-eval list tasks)")
+        if card.lmms is not None:
+            raise PlanError(
+                f"task '{name}' has no training split for recipe '{recipe}'",
+                f"train on mllm/scenes-vqa, then judge what it left: rice-eval mllm --model DIR --task {name}",
+            )
+    python = _judge_python(judge, lmms_python)
+    return evaluate(encoders, tasks, protocols=[recipe], settings=settings, lmms_python=python, **arguments)
+
+
+def _embedded(card: TaskCard, split: str, limit: int | None) -> Dataset:
+    dataset = load_dataset(card.dataset, split, None, card.options)
+    return dataset if limit is None else Subset(dataset, limit)
+
+
+def write_local_task(name: str, out: Path, *, train: bool = False, limit: int | None = None) -> tuple[Path, str]:
+    """Write an embedded task for lmms-eval.
+
+    Args:
+        name: of a task card whose data are embedded.
+        out: folder.
+        train: the training split too, in LLaVA's format.
+        limit: only this many images a split.
+
+    Returns:
+        The folder, and the task's id for ``--tasks``.
+    """
+    card = catalogue().task(name)
+    if card.kind != "mllm" or card.lmms is not None:
+        raise UsageError(f"task '{name}' is not embedded", "lmms-eval brings it itself; write mllm/scenes-vqa")
+    written = card.dataset.replace("-", "_")
+    lessons = _embedded(card, card.train, limit) if train else None
+    return write_task(_embedded(card, card.test, limit), out, written, lessons), written
+
+
+def judge_model(
+    model: str,
+    tasks: Sequence[str],
+    *,
+    lmms_python: Path | None = None,
+    results: Path | str = "results",
+    device: str = "cpu",
+    limit: int | None = None,
+    processes: int = 1,
+    include: tuple[Path, ...] = (),
+) -> list[Result]:
+    """Judge a model that is there by lmms-eval: with its images, and blind.
+
+    Args:
+        model: a trained probe's ``.files`` folder, or a LLaVA checkpoint.
+        tasks: names of task cards of kind ``mllm``.
+        lmms_python: interpreter of the environment that has lmms-eval; this one by default.
+        results: folder that records go to.
+        device: torch device.
+        limit: only the first so many documents (or, of an embedded task, images).
+        processes: data-parallel processes.
+        include: folders with more cards.
+
+    Raises:
+        PlanError: a task that lmms-eval does not have, or that needs a network which is switched off.
+        MissingExtraError: lmms-eval is not installed.
+    """
+    cards = catalogue(include)
+    chosen = [cards.task(name) for name in tasks]
+    for card in chosen:
+        if card.kind != "mllm":
+            raise UsageError(f"task '{card.name}' is of kind {card.kind}", "choose one of kind mllm")
+        if card.lmms is not None:
+            if card.lmms.task is None:
+                raise PlanError(f"lmms-eval has no task for '{card.name}'", card.note or "choose another task")
+            check_online(card.name, card.lmms.network)
+    if not Path(model).exists() and model.count("/") != 1:
+        raise UsageError(
+            f"--model {model}: no such folder", "give a trained probe's .files folder or a LLaVA checkpoint"
+        )
+    python = python_for(lmms_python)
+    store = ResultStore(results)
+    store.check_writable()
+    out = []
+    for card in chosen:
+        path = _judge_one(model, card, python, store, device, limit, processes)
+        out.append(Result(store.load(path), path))
+    return out
+
+
+def _judge_one(
+    model: str, card: TaskCard, python: Path, store: ResultStore, device: str, limit: int | None, processes: int
+) -> Path:
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="rice-eval-judge-") as name:
+        folder = Path(name)
+        include, task = None, card.lmms.task if card.lmms is not None else ""
+        if card.lmms is None:
+            task = card.dataset.replace("-", "_")
+            include = write_task(_embedded(card, card.test, limit), folder / "task", task)
+        runs: dict[str, LmmsRun] = {}
+        for control in ("", "blind"):
+            args = {"model": model, "device": device, "facts": str(folder / "facts.json")}
+            args |= {"control": control} if control else {}
+            documents = limit if card.lmms is not None else None
+            runs[control] = run_lmms(python, args, str(task), include=include, limit=documents, processes=processes)
+        facts: dict[str, Any] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    record, statistics = _record(card, facts, runs, limit)
+    record = record.model_copy(update={"seconds": {"total": round(time.perf_counter() - start, 3)}})
+    logs = {f"samples{'-' + c if c else ''}.jsonl": run.log for c, run in runs.items()}
+    return store.save(record, statistics, logs)
+
+
+def _record(card: TaskCard, facts: Mapping[str, Any], runs: Mapping[str, LmmsRun], limit: int | None) -> Any:
+    seen = runs[""]
+    values, statistics = scored(card, runs)
+    bounds = intervals(statistics, resamples=_RESAMPLES) if statistics is not None else {}
+    settings = {
+        "lm": facts["lm"],
+        "tuned": facts["tuned"],
+        "tiles": facts["mllm"]["tiles"],
+        "lmms_eval": seen.version,
+        "task": seen.task,
+        "task_version": seen.task_version,
+        "task_hash": seen.task_hash,
+        "limit": limit,
+    }
+    metrics = {}
+    for name, (value, percent) in values.items():
+        low, high = bounds.get(name, (None, None))
+        known = low is not None and low == low
+        metrics[name] = Metric(
+            value=value, low=low if known else None, high=high if known else None, unit="%" if percent else ""
+        )
+    documents = seen.documents_hash or seen.prompts_sha256
+    warnings = () if statistics is not None else ("no interval: the metric is no mean over documents",)
+    record = Record(
+        created=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        encoder=EncoderEntry(**facts["encoder"], weights=None),
+        task=TaskEntry(
+            name=card.name,
+            kind=card.kind,
+            dataset=card.dataset,
+            options=dict(card.options),
+            train_split="",
+            test_split=card.test,
+            train_fingerprint="",
+            test_fingerprint=documents,
+            n_train=0,
+            n_test=len(seen.samples),
+            classes=(),
+            license=card.license,
+        ),
+        protocol=ProtocolEntry(
+            id=PROTOCOL,
+            hash=settings_hash(PROTOCOL, PROTOCOL_VERSION, settings),
+            settings=settings,
+            version=PROTOCOL_VERSION,
+        ),
+        metric=card.metric,
+        metrics=metrics,
+        interval=IntervalEntry(kind=KIND, level=0.95, resamples=_RESAMPLES) if statistics is not None else None,
+        per_class={},
+        view=str(facts["mllm"]["tiles"].get("single", facts["mllm"]["tiles"]["kind"])),
+        layers=tuple(facts["mllm"]["layers"]),
+        norm=bool(facts["mllm"]["norm"]),
+        seeds=(0,),
+        chosen={"model": facts["mllm"], "fingerprint": facts["fingerprint"]},
+        heads=(),
+        cost=Cost(
+            params=facts["encoder"]["params"], flops=None, tokens_per_image=0.0, images_per_second=None, forwards=0
+        ),
+        bank=None,
+        seconds={},
+        peak_memory_mb=peak_memory_mb(),
+        environment=Environment.model_validate(describe("cpu", 1)),
+        statistics=None,
+        judge=JudgeEntry(
+            name="lmms-eval",
+            version=seen.version,
+            task=seen.task,
+            task_version=seen.task_version,
+            task_hash=seen.task_hash,
+            prompts_sha256=seen.prompts_sha256,
+            questions=len(seen.samples),
+        ),
+        warnings=warnings,
+    )
+    return record, statistics

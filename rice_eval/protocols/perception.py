@@ -1,0 +1,229 @@
+"""Protocol ``perception-probe``: what a small frozen language model can be told of an image through one trained projector."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from rice_eval import __version__
+from rice_eval.adapters.base import EncoderFacts
+from rice_eval.bank.source import TokenReader
+from rice_eval.datasets.base import Annotation
+from rice_eval.errors import PlanError
+from rice_eval.mllm.lm_identity import lm_identity
+from rice_eval.protocols.base import Context, Outcome, Protocol
+
+__all__ = ["PerceptionProbe"]
+
+_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class PerceptionProbe(Protocol):
+    """A projector between a frozen encoder and a frozen language model, trained on banked tokens, judged on short answers.
+
+    Tokens of the blocks at a quarter, a half, three quarters and the end of the depth stand side by side (as DINOv2's
+    four-block linear probes do), are averaged onto ``side`` x ``side`` cells, and mapped to word embeddings by a two-layer MLP.
+    It learns from conversations about the training images, several questions each and, last, a caption. Every question of the
+    test split is asked three times: with the image, without it (``blind_…``), and with the training set's mean tokens in its
+    place (``mean_image_…``).
+
+    Attributes:
+        lm: the language model (``rice_eval.mllm.lm.load_lm``); a hash over its files is part of the settings.
+        blocks: how many blocks, evenly spread up to the last; 1 is the last alone.
+        side: image tokens a side.
+        hidden: width between the projector's layers.
+        lr, weight_decay, batch, epochs: AdamW with 3 % warm-up and half a cosine; batches count images.
+        turns: questions of one conversation at most, drawn anew at every visit.
+        captions: whether conversations end with a caption.
+        train_dtype: of the frozen language model while the projector trains; it is tested in float32.
+    """
+
+    id: ClassVar[str] = "perception-probe"
+    kind: ClassVar[str] = "mllm"
+    needs: ClassVar[frozenset[Annotation]] = frozenset({"questions"})
+    metric: ClassVar[str] = "accuracy"
+    rereads: ClassVar[bool] = True
+    tuned: ClassVar[tuple[str, ...]] = ("projector",)
+
+    lm: str = "smollm2-135m"
+    blocks: int = 4
+    side: int = 7
+    hidden: int = 1152
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    batch: int = 4
+    turns: int = 8
+    epochs: float = 1.0
+    captions: bool = True
+    train_dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("blocks", "side", "hidden", "lr", "batch", "epochs", "turns") and not value > 0:
+                raise ValueError(f"{field.name} is {value}, not above 0")
+        if self.train_dtype not in _TYPES:
+            raise ValueError(f"train_dtype '{self.train_dtype}' is neither float32 nor bfloat16")
+
+    def settings(self) -> dict[str, Any]:
+        """Every field, the language model's identity, and the parts that are tuned: all of it separates what is comparable."""
+        return {**super().settings(), "lm_files": lm_identity(self.lm), "tuned": list(self.tuned)}
+
+    def layers(self, facts: EncoderFacts) -> tuple[int, ...]:
+        """Blocks evenly spread up to the last; the last stage alone where stages have grids of their own."""
+        if len(set(facts.strides)) > 1:
+            return (facts.layers,)
+        return tuple(sorted({max(1, round(facts.layers * (k + 1) / self.blocks)) for k in range(self.blocks)}))
+
+    def run(self, context: Context) -> Outcome:
+        """Train on train, ask test once."""
+        from rice_eval.mllm.bundle import assemble
+        from rice_eval.mllm.lm import load_lm
+        from rice_eval.mllm.probe import PooledProjector, fit, sha256_of
+        from rice_eval.mllm.probe import Schedule as Rates
+        from rice_eval.mllm.probe_state import ProbeState
+        from rice_eval.mllm.vqa import dialogues
+
+        layers = self.layers(context.facts)
+        start = time.perf_counter()
+        device = str(context.device)
+        trained_with = load_lm(self.lm, dtype=_TYPES[self.train_dtype], device=device)
+        seconds = {"language model": time.perf_counter() - start}
+        start = time.perf_counter()
+        train = self._pooled(context, "train", layers)
+        said = dialogues(context.train, self.captions)
+        said = [said[i] for i in train]
+        width = sum(context.facts.widths[layer - 1] for layer in layers)
+        projector = PooledProjector(width, trained_with.width, self.side, self.hidden, self.seed).to(context.device)
+        tokens = list(train.values())
+        projector.start(tokens, trained_with.model.get_input_embeddings().weight)
+        rates = Rates(self.lr, self.weight_decay, self.batch, self.epochs, self.turns, self.seed)
+        facts = {
+            "encoder": context.facts.sha256,
+            "train": context.train.fingerprint,
+            "protocol": self.hash,
+            "device": context.device.type,
+        }
+        state = ProbeState(context.scratch.parent / "mllm" if context.scratch is not None else None, facts)
+        mllm = assemble(context.encoder(), trained_with, projector, layers, self.norm, self.view)
+        fitted = fit(mllm, tokens, said, rates, state, context.progress("projector", rates.steps(len(tokens))))
+        seconds["fit"] = time.perf_counter() - start
+        del train, tokens, said
+        start = time.perf_counter()
+        if self.train_dtype != "float32":
+            del mllm, trained_with
+            tested_with = load_lm(self.lm, device=device)
+            mllm = assemble(context.encoder(), tested_with, projector, layers, self.norm, self.view)
+        seconds["language model"] += time.perf_counter() - start
+        start = time.perf_counter()
+        judged = self._judge(context, mllm, layers)
+        seconds["predict"] = time.perf_counter() - start
+        return Outcome(
+            statistics=judged["statistics"],
+            chosen={
+                "projector_sha256": sha256_of(projector),
+                "steps": fitted.steps,
+                "image_tokens": self.side**2,
+                "tuned": list(self.tuned),
+                "lm": mllm.lm.facts(),
+            },
+            layers=layers,
+            seconds=seconds,
+            warnings=(f"resumed at step {fitted.resumed_at}",) if fitted.resumed_at else (),
+            judge=judged["judge"],
+            losses=fitted.curve,
+            files=judged["files"],
+        )
+
+    def _pooled(self, context: Context, split: str, layers: tuple[int, ...]) -> dict[int, Tensor]:
+        """index -> ``(side*side, D)`` of every image of a split, in the bank's number format."""
+        reader = context.tokens(split, self.view).reader()
+        advance = context.progress(f"read {split}", len(reader))
+        out = {}
+        for image in _images(reader):
+            grids = {image.grids[layer][0] for layer in layers}
+            if len(image.frames) != 1 or len(grids) != 1:
+                raise PlanError(
+                    f"view '{self.view}' gives several windows", "choose one without slide, e.g. square=224"
+                )
+            tokens = torch.cat([image.patches[layer][0] for layer in layers], dim=-1)
+            out[image.index] = _on_cells(tokens, next(iter(grids)), self.side)
+            advance(1)
+        return out
+
+    def _judge(self, context: Context, mllm: Any, layers: tuple[int, ...]) -> dict[str, Any]:
+        """Statistics, the record's ``judge``, and the files kept beside it."""
+        from rice_eval.mllm.bundle import Bundle, bundle_files, mean_tokens
+        from rice_eval.mllm.conversation import Encoded
+        from rice_eval.mllm.judge import CONTROLS, Sample, ask_all, prompts_sha256, samples_text, statistics_of
+        from rice_eval.mllm.probe import PooledProjector, sha256_of
+        from rice_eval.mllm.vqa import SYSTEM, asked
+
+        projector = mllm.projector
+        assert isinstance(projector, PooledProjector)
+        bundle = Bundle(
+            encoder=context.facts.name,
+            weights=str(context.weights) if context.weights is not None else None,
+            encoder_sha256=context.facts.sha256,
+            lm=self.lm,
+            lm_sha256=mllm.lm.fingerprint,
+            view=self.view,
+            layers=layers,
+            norm=self.norm,
+            stored=self.tokens,
+            side=self.side,
+            hidden=self.hidden,
+            width_in=projector.width_in,
+            width_out=projector.width_out,
+            projector_sha256=sha256_of(projector),
+            system=SYSTEM,
+            tuned=self.tuned,
+        )
+        files = bundle_files(bundle, projector)
+        questions = asked(context.test)
+        samples: dict[str, list[Sample]] = {}
+        judge: Mapping[str, Any]
+        if context.lmms_python is not None:
+            from rice_eval.mllm.judge_lmms import judged_by_lmms
+
+            samples, judge = judged_by_lmms(context.lmms_python, context.test, questions, files, context.progress)
+        else:
+            side = (self.side, self.side)
+            tokens = self._pooled(context, "test", layers)
+            questions = [q for q in questions if q.index in tokens]
+            blank = Encoded(mean_tokens(projector), side)
+            shown = {
+                "": lambda index: Encoded(tokens[index].float(), side),
+                "blind": None,
+                "mean_image": lambda index: blank,
+            }
+            for control in CONTROLS:
+                advance = context.progress(f"ask {control or 'with the image'}", len(questions))
+                samples[control] = ask_all(mllm, questions, shown[control], SYSTEM, advance)
+            judge = {"name": "rice-eval", "version": __version__, "task": context.test.name, "task_version": "1"}
+            judge |= {"task_hash": context.test.fingerprint[:16]}
+        ids = [context.test.image_id(i) for i in range(len(context.test))]
+        kept = {s.image_id for s in samples[""]}
+        statistics = statistics_of(samples, [i for i in ids if i in kept])
+        return {
+            "statistics": statistics,
+            "judge": {**judge, "prompts_sha256": prompts_sha256(samples[""]), "questions": len(samples[""])},
+            "files": {**files, "samples.jsonl": samples_text(samples).encode()},
+        }
+
+
+def _images(reader: TokenReader) -> Any:
+    return iter(reader)
+
+
+def _on_cells(tokens: Tensor, grid: tuple[int, int], side: int) -> Tensor:
+    """``(h*w, D)`` of the bank -> ``(side*side, D)`` in half precision where the bank is."""
+    from rice_eval.mllm.probe import pool
+
+    return pool(tokens.float()[None], grid, side)[0]
