@@ -22,6 +22,7 @@ _PLAIN = (
     "{{ eos_token if eos_token else '\\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 _PROBE = "rice-eval-probe"
+_MARK = "\ue000{}\ue001"  # private code points, which no text has a use for
 
 
 class Chat:
@@ -54,7 +55,8 @@ class Chat:
         self._tail = rendered.rpartition(_PROBE)[2].rstrip()
         tail = self.tokenizer(self._tail, add_special_tokens=False).input_ids if self._tail else []
         ends = {int(s) for s in stops}
-        if tail and tail[0] in self.tokenizer.all_special_ids:
+        added = self.tokenizer.added_tokens_decoder
+        if tail and tail[0] in added and added[tail[0]].special:
             ends.add(int(tail[0]))
         if self.tokenizer.eos_token_id is not None:
             ends.add(int(self.tokenizer.eos_token_id))
@@ -113,22 +115,34 @@ class Chat:
             if first is None:
                 raise UsageError("a conversation with images and no user's words", "give the images a turn")
             turns[first] = Turn("user", _place_images(turns[first].text, len(example.images)))
-        text = self._render(turns, open_end=False)
-        spans, place = [], 0
+        # Rendered with marks in the words' places, so that words can't be mistaken for the template's own.
+        turns = [Turn(t.role, t.text.strip()) for t in turns]
+        words = [piece.strip() for t in turns for piece in t.text.split(IMAGE)]
+        roles = [t.role for t in turns for _ in t.text.split(IMAGE)]
+        marked, n = [], 0
         for turn in turns:
-            for n, piece in enumerate(turn.text.split(IMAGE)):
-                words = piece.strip()
-                start = text.find(words, place)
-                if start < 0:
-                    raise CheckpointError(
-                        f"the chat template changes what is said ('{words[:40]}' is not in its output)",
-                        "give another template",
-                    )
-                place = start + len(words)
-                if turn.role == "assistant" and n == 0:
-                    if self._tail and text.startswith(self._tail, place):
-                        place += len(self._tail)
-                    spans.append((start, place))
+            pieces = []
+            for piece in turn.text.split(IMAGE):
+                pieces.append(piece.replace(piece.strip(), _MARK.format(n), 1) if piece.strip() else piece)
+                n += 1
+            marked.append(Turn(turn.role, IMAGE.join(pieces)))
+        bones = self._render(marked, open_end=False)
+        text, spans = "", []
+        for n, (word, role) in enumerate(zip(words, roles)):
+            if not word:
+                continue
+            before, mark, bones = bones.partition(_MARK.format(n))
+            if not mark:
+                break
+            text += before
+            start = len(text)
+            text += word
+            if role == "assistant":
+                held = bones.startswith(self._tail)
+                spans.append((start, len(text) + (len(self._tail) if held else 0)))
+        text += bones
+        if text != self._render(turns, open_end=False):
+            raise CheckpointError("the chat template changes what is said", "give another template")
         return text, spans
 
     def _takes_parts(self) -> bool:
