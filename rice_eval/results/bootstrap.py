@@ -10,14 +10,14 @@ The interval is a bootstrap of whole images (or of clusters of images) in three 
    of a class seen in one image only, and percentile and BCa intervals of the mean IoU then cover far too seldom
    (``docs/statistics.md`` has the simulation).
 
-Where several seeds are given, the variance between them is added, with the degrees of freedom of Welch and Satterthwaite.
+Where several seeds are given, the variance between them is added, each source with Student's tails of its own (``Spread``).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from statistics import NormalDist
 
@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rice_eval.metrics.statistics import METRICS, Floats, Statistics
+from rice_eval.results.student import Spread
 
 __all__ = [
     "KIND",
@@ -37,7 +38,7 @@ __all__ = [
     "replicates",
     "resample_weights",
     "same_images",
-    "student_quantile",
+    "seed_spreads",
 ]
 
 KIND = "bootstrap-shifted-jackknife-width"
@@ -69,6 +70,7 @@ class Estimate:
         low, high: interval; NaN where the metric is undefined on most resamples.
         se: standard error over images, and over seeds where there are several.
         se_seeds: the seeds' part of ``se``; 0 where there is one.
+        spread: what ``se`` is made of.
     """
 
     value: float
@@ -76,6 +78,7 @@ class Estimate:
     high: float
     se: float
     se_seeds: float = 0.0
+    spread: Spread = field(default_factory=lambda: Spread(()))
 
 
 def intervals(
@@ -158,7 +161,19 @@ def _all_runs(
     return points, reps, [run.values(leave_out) for run in runs]
 
 
-def combine(values: Floats, replicates: Floats, leave_one_out: Floats, level: float = 0.95) -> Estimate:
+def seed_spreads(values: Floats) -> list[tuple[float, float]]:
+    """Squared standard error of the mean of ``(S,)`` seeds and its degrees of freedom; nothing where there is one seed."""
+    count = len(values)
+    return [(float(values.var(ddof=1)) / count, count - 1)] if count > 1 else []
+
+
+def combine(
+    values: Floats,
+    replicates: Floats,
+    leave_one_out: Floats,
+    level: float = 0.95,
+    spreads: Sequence[tuple[float, float]] | None = None,
+) -> Estimate:
     """Steps 2 and 3 of the interval, and the seeds' part.
 
     Args:
@@ -166,6 +181,7 @@ def combine(values: Floats, replicates: Floats, leave_one_out: Floats, level: fl
         replicates: ``(R,)`` mean over seeds under each resample.
         leave_one_out: ``(J,)`` mean over seeds with one image, cluster or block left out.
         level: nominal coverage.
+        spreads: squared standard errors to add, each with its degrees of freedom; those of ``values`` by default.
     """
     value = float(values.mean())
     kept = replicates[np.isfinite(replicates)]
@@ -175,21 +191,27 @@ def combine(values: Floats, replicates: Floats, leave_one_out: Floats, level: fl
     spread = float(kept.std(ddof=1))
     bias = float(kept.mean()) - value
     se_images = math.hypot(max(spread, jackknife_se(left)), _BIAS_DOUBT * bias)
-    se_seeds = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
-    se = math.hypot(se_images, se_seeds)
-    if se <= 1e-12 * max(1.0, abs(value)):
+    seeds = seed_spreads(values) if spreads is None else list(spreads)
+    sources = Spread(((se_images**2, len(left) - 1), *seeds))
+    if sources.se <= 1e-12 * max(1.0, abs(value)):
         return Estimate(value, value, value, 0.0)
     centre = value - bias
     tail = (1 - level) / 2
-    if spread > 0:
+    if spread > 1e-9 * sources.se:  # else nothing but the rounding of sums
         low, high = (float(q) for q in np.quantile(kept - kept.mean(), [tail, 1 - tail]) / spread)
     else:
         high = NormalDist().inv_cdf(1 - tail)
         low = -high
-    # The replicates' shape, with tails as wide as Student's at the degrees of freedom at hand.
-    freedom = se**4 / (se_images**4 / (len(left) - 1) + (se_seeds**4 / (len(values) - 1) if len(values) > 1 else 0.0))
-    width = se * student_quantile(1 - tail, freedom) / NormalDist().inv_cdf(1 - tail)
-    return Estimate(value, min(value, centre + low * width), max(value, centre + high * width), se, se_seeds)
+    # The replicates' shape, with tails as wide as Student's.
+    width = sources.quantile(1 - tail) / NormalDist().inv_cdf(1 - tail)
+    return Estimate(
+        value=value,
+        low=min(value, centre + low * width),
+        high=max(value, centre + high * width),
+        se=sources.se,
+        se_seeds=math.sqrt(math.fsum(square for square, _ in seeds)),
+        spread=sources,
+    )
 
 
 def _clipped(name: str, estimate: Estimate) -> Estimate:
@@ -198,30 +220,7 @@ def _clipped(name: str, estimate: Estimate) -> Estimate:
         return estimate
     top = 100.0 if info.higher_is_better else math.inf  # error rates can pass 100 %
     low, high = (float(np.clip(v, 0.0, top)) for v in (estimate.low, estimate.high))
-    return Estimate(estimate.value, low, high, estimate.se, estimate.se_seeds)
-
-
-def student_quantile(probability: float, freedom: float) -> float:
-    """Quantile of Student's t (Hill's expansion around the normal; exact formulas at 1 and 2 degrees of freedom).
-
-    Within 1 % of the exact value for ``freedom >= 3`` and probabilities between 0.005 and 0.995.
-    """
-    z = NormalDist().inv_cdf(probability)
-    if freedom >= 1e6:
-        return z
-    if freedom <= 1.5:
-        return math.tan(math.pi * (probability - 0.5))
-    if freedom <= 2.5:
-        a = 4 * probability * (1 - probability)
-        return 2 * (probability - 0.5) * math.sqrt(2 / a)
-    n = freedom
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(t / n ** (k + 1) for k, t in enumerate(terms))
+    return replace(estimate, low=low, high=high)
 
 
 def cluster_index(groups: Sequence[Hashable] | None, images: int) -> NDArray[np.intp] | None:

@@ -15,10 +15,11 @@ import numpy as np
 
 from rice_eval.errors import RecordError, UsageError
 from rice_eval.metrics.statistics import METRICS, Floats, MetricInfo, Statistics
-from rice_eval.results.bootstrap import replicates, same_images, student_quantile
+from rice_eval.results.bootstrap import replicates, same_images
 from rice_eval.results.ranks import borda, competition_ranks, mean_win_rate, rank_intervals
 from rice_eval.results.record import Record
 from rice_eval.results.store import StoredRecord, paused_collector
+from rice_eval.results.student import Spread
 
 __all__ = ["Board", "Leaderboard", "RankMethod", "Row", "Standing", "build"]
 
@@ -119,7 +120,7 @@ def build(stored: Iterable[StoredRecord], method: RankMethod = "auto") -> Leader
             its statistics and the work stays small.
 
     Raises:
-        RecordError: two records of the same run with different contents; statistics missing for ``paired``.
+        RecordError: two records of the same run with different results; statistics missing for ``paired``.
         UsageError: an unknown method.
     """
     if method not in ("auto", "paired", "intervals"):
@@ -161,12 +162,17 @@ def _unique(stored: Iterable[StoredRecord]) -> list[tuple[str, StoredRecord]]:
             key = keys[facts] = record.comparability_key
         identity = record.identity_of(key)
         _, other = found.setdefault(identity, (key, entry))
-        if other.record.sha256 != record.sha256:
+        if other.record.sha256 == record.sha256:
+            continue
+        if not record.same_result(other.record):
             raise RecordError(
                 f"{entry.path} and {other.path} are two records of the same run ({record.encoder.name} on "
-                f"{record.task.name}) with different contents",
+                f"{record.task.name}) with different results",
                 "keep one of them",
             )
+        # The same numbers, measured twice: the earlier one stands for both, in whatever order they come.
+        first = min(other, entry, key=lambda e: (e.record.created, e.record.sha256))
+        found[identity] = (key, first)
     ordered = sorted(found, key=lambda i: (found[i][1].record.encoder.name, found[i][1].record.seeds, i))
     return [found[identity] for identity in ordered]
 
@@ -268,13 +274,12 @@ def _score(records: Sequence[Record]) -> _Score:
     if sd is None:
         return _Score(value, bounds[0][0], bounds[0][2], None, se_images)
     # Images are the same for all seeds, so their part does not shrink with the number of seeds; the heads' part does.
-    se = math.hypot(se_images, se_seeds)
-    if se == 0.0:
+    spread = Spread(((se_images**2, max(1, records[0].task.n_test - 1)), (se_seeds**2, count - 1)))
+    if spread.se == 0.0:
         return _Score(value, value, value, sd, 0.0)
-    freedom = se**4 / (se_images**4 / max(1, records[0].task.n_test - 1) + se_seeds**4 / (count - 1))
-    half = se * student_quantile(0.975, freedom)
+    half = spread.quantile(0.975)
     lean = (down / (up + down), up / (up + down)) if se_images > 0 else (0.5, 0.5)  # a skewed interval stays skewed
-    return _Score(value, value - 2 * half * lean[0], value + 2 * half * lean[1], sd, se)
+    return _Score(value, value - 2 * half * lean[0], value + 2 * half * lean[1], sd, spread.se)
 
 
 def _paired_draws(rows: dict[str, list[StoredRecord]], scores: dict[str, _Score], required: bool) -> Floats | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import sys
@@ -22,9 +23,9 @@ from rice_eval.results.bootstrap import (
     jackknife_se,
     replicates,
     resample_weights,
-    student_quantile,
 )
 from rice_eval.results.paired import detectable_drop, holm, paired
+from rice_eval.results.student import Spread, student_cdf, student_quantile
 
 scipy_stats = pytest.importorskip("scipy.stats")
 
@@ -145,10 +146,13 @@ def test_intervals_hold_the_estimate_and_stay_in_range(values: list[float], seed
     assert found.value - 1e-9 <= found.high <= 100
 
 
-@pytest.mark.parametrize("freedom", [1, 2, 3, 5, 10, 50, 199, 1e7])
-def test_student_quantile(freedom: float) -> None:
-    for p in (0.005, 0.025, 0.5, 0.9, 0.975, 0.995):
-        assert student_quantile(p, freedom) == pytest.approx(scipy_stats.t.ppf(p, freedom), rel=0.01, abs=1e-9)
+@pytest.mark.parametrize("freedom", [1, 1.4, 2, 3, 5, 10, 50, 199, 1e7])
+def test_student_against_scipy(freedom: float) -> None:
+    for p in (1e-6, 0.005, 0.025, 0.5, 0.9, 0.975, 0.995):
+        assert student_quantile(p, freedom) == pytest.approx(scipy_stats.t.ppf(p, freedom), rel=1e-6, abs=1e-9)
+    for t in (-40.0, -2.0, -0.01, 0.0, 0.3, 5.0):
+        assert student_cdf(t, freedom) == pytest.approx(scipy_stats.t.cdf(t, freedom), rel=1e-6, abs=1e-300)
+    assert student_cdf(1.0, math.inf) == pytest.approx(scipy_stats.norm.cdf(1.0))
 
 
 def test_paired_against_itself_is_nothing() -> None:
@@ -224,10 +228,21 @@ def test_holm_never_lowers_and_keeps_order(values: list[float]) -> None:
 
 
 def test_detectable_drop() -> None:
-    z = scipy_stats.norm.ppf
-    assert detectable_drop(1.0) == pytest.approx(z(0.95) + z(0.8))
-    assert detectable_drop(1.0, margin=3.0) == pytest.approx(3.0 + z(0.8))
-    assert detectable_drop(0.0, margin=0.5) == 0.5
+    one, z = Spread(((1.0, math.inf),)), scipy_stats.norm.ppf
+    assert detectable_drop(one) == pytest.approx(z(0.95) + z(0.8))
+    assert detectable_drop(one, margin=3.0) == pytest.approx(3.0 + z(0.8))
+    assert detectable_drop(Spread(()), margin=0.5) == 0.5
+    assert detectable_drop(Spread(((1.0, 3),))) == pytest.approx(sum(scipy_stats.t.ppf((0.95, 0.8), 3)))
+
+
+def test_a_spread_of_two_sources() -> None:
+    both, t = Spread(((4.0, 200), (1.0, 2))), scipy_stats.t.ppf
+    assert both.se == pytest.approx(math.sqrt(5))
+    for p in (0.001, 0.2, 0.8, 0.95):
+        expected = math.copysign(math.hypot(2 * t(p, 200), t(p, 2)), p - 0.5)
+        assert both.quantile(p) == pytest.approx(expected, rel=1e-6)
+        assert both.cdf(expected) == pytest.approx(p, rel=1e-6)
+    assert Spread(((1.0, 5), (0.0, 1))).cdf(-2.0) == pytest.approx(scipy_stats.t.cdf(-2, 5))
 
 
 def test_false_alarms_of_the_permutation_test() -> None:
@@ -238,6 +253,76 @@ def test_false_alarms_of_the_permutation_test() -> None:
         a, b = (ratio(values + rng.normal(0, 0.1, 50)) for _ in range(2))
         alarms += paired(a, b, resamples=50, permutations=200, seed=k)["accuracy"].p_worse <= 0.05
     assert alarms <= 20  # 10 expected, standard deviation 3.1
+
+
+def test_every_swap_of_a_small_set_is_counted() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.random(9), rng.random(9) - 0.2
+    found = paired(ratio(x), ratio(y), permutations=1000)["accuracy"]
+    nulls = [float(np.mean((y - x) * (1 - 2 * np.array(s)))) for s in itertools.product((0, 1), repeat=9)]
+    gain = float(np.mean(y - x))
+    assert found.p_worse == np.mean([n <= gain + 1e-12 for n in nulls])
+    assert found.p == np.mean([abs(n) >= abs(gain) - 1e-12 for n in nulls])
+    assert found.p_floor == 0.5**9
+
+
+def test_a_set_that_can_never_be_significant_says_so() -> None:
+    found = paired(ratio(np.full(4, 0.8)), ratio(np.array([0.5, 0.49, 0.51, 0.5])))["accuracy"]
+    assert found.p_worse == found.p_floor == 1 / 16
+    assert found.detectable(alpha=0.05) == math.inf
+    assert math.isfinite(found.detectable(alpha=0.1))
+
+
+def test_swaps_go_on_where_the_level_asks_for_more() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.random(100)
+    a, worse, alike = ratio(values), ratio(values - 0.1), ratio(values + rng.normal(0, 0.1, 100))
+    coarse = paired(a, worse, permutations=200)["accuracy"]
+    assert coarse.p_worse == coarse.p_floor == 1 / 201
+    fine = paired(a, worse, permutations=200, finest=0.001)["accuracy"]
+    assert fine.p_worse == fine.p_floor == 1 / 10_001
+    assert (
+        paired(a, alike, permutations=200, finest=0.001)["accuracy"].p
+        == paired(a, alike, permutations=200)["accuracy"].p
+    )
+
+
+def test_the_direction_may_be_given() -> None:
+    values = np.random.default_rng(0).random(60)
+    found = paired(ratio(values), ratio(values + 0.1), directions={"accuracy": False})["accuracy"]
+    assert found.drop == pytest.approx(10)
+    assert found.p_worse < 0.01
+
+
+@pytest.mark.parametrize(("seeds_a", "seeds_b"), [(2, 2), (3, 3), (5, 5), (3, 1), (1, 2), (2, 5)])
+def test_false_alarms_of_seeds(seeds_a: int, seeds_b: int) -> None:
+    rng = np.random.default_rng(seeds_a)
+    one = two = 0
+    for _ in range(200):
+        images = rng.uniform(0.3, 0.7, 30)
+        runs = [
+            ratio(np.clip(images + rng.normal(0, 0.01) + rng.normal(0, 0.02, 30), 0, 1))
+            for _ in range(seeds_a + seeds_b)
+        ]
+        found = paired(runs[:seeds_a], runs[seeds_a:], resamples=50)["accuracy"]
+        one, two = one + (found.p_worse <= 0.05), two + (found.p <= 0.05)
+        assert (found.notes != ()) == (1 in (seeds_a, seeds_b))
+    assert max(one, two) <= 19  # 10 expected at most, standard deviation 3.1
+
+
+def test_seeds_widen_the_interval_of_a_difference_to_students() -> None:
+    runs = [ratio(np.full(50, v)) for v in (0.50, 0.52, 0.51, 0.53)]
+    found = paired(runs[:2], runs[2:])["accuracy"]
+    expected = scipy_stats.ttest_ind([51, 53], [50, 52], equal_var=False)
+    assert found.p == pytest.approx(expected.pvalue, rel=1e-6)
+    assert found.low == pytest.approx(expected.confidence_interval().low, rel=1e-6)
+
+
+def test_one_image_gives_no_interval() -> None:
+    found = paired(ratio(np.ones(1)), ratio(np.zeros(1)))["accuracy"]
+    assert math.isnan(found.low)
+    assert found.p == 1.0
+    assert found.p_worse == 0.5
 
 
 def test_coverage_of_the_mean_iou() -> None:
