@@ -181,7 +181,7 @@ def _settings(library: Any, config: dict[str, Any], kind: str, name: str) -> _Se
             side = int(vision["patch_size"]) * int(vision.get("spatial_merge_size", 2))
             if int(vision.get("spatial_merge_size", 2)) != 2:
                 raise ValueError(f"spatial_merge_size = {vision['spatial_merge_size']}, only 2 is known")
-            vision["model_type"] = "rice_vit"
+            vision.pop("model_type", None)
             return _Settings(kind, vision, text, side, (-1,), (), None, int(config["image_token_id"]), "gelu", True)
         with quiet(library):
             parsed = library.AutoConfig.for_model(kind).from_dict(config)
@@ -269,9 +269,9 @@ def _encoder(names: Mapping[str, str], checkpoint: Checkpoint, settings: _Settin
         inner._files,
         inner._loaded,
         inner._inner,
-        told={} if settings.kind == "llavaonevision1_5" else settings.vision,
+        told=settings.vision,
     )
-    encoder: Encoder = _ADAPTERS[settings.vision["model_type"]](part, _request(name))
+    encoder: Encoder = _ADAPTERS[settings.vision.get("model_type", "rice_vit")](part, _request(name))
     return encoder
 
 
