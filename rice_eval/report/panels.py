@@ -276,11 +276,15 @@ def text_panel(
     ]
     if tokens is not None:
         tiles.append(Tile("tokens", upsample_nearest(tokens, (small.shape[0], small.shape[1])), flat=True))
-    same = sum(a == b for a, b in zip(truth.texts, prediction.texts, strict=False))
+    # Only lines that were given to the reader stand in the order of what was read.
+    given = len(truth.polygons) == len(prediction.polygons) and all(
+        np.array_equal(a, b) for a, b in zip(truth.polygons, prediction.polygons)
+    )
+    same = sum(a == b for a, b in zip(truth.texts, prediction.texts))
     note = (
         f"{same} of {len(truth.texts)} lines read exactly"
-        if len(truth.texts) == len(prediction.texts)
-        else f"{len(truth.texts)} true lines, {len(prediction.texts)} read"
+        if given and any(truth.texts)
+        else f"{len(truth.texts)} true lines, {len(prediction.texts)} found"
     )
     return PanelPicture(image_id, index, tuple(tiles), (), note)
 
@@ -343,7 +347,8 @@ def _draw_polygons(image: Picture, text: Polygons, scale: NDArray[np.float64], c
             continue
         draw.line([*points, points[0]], fill=_HALO, width=_LINE + 2)
         draw.line([*points, points[0]], fill=color, width=_LINE)
-        _tag(draw, (min(x for x, _ in points), min(y for _, y in points)), transcript, color)
+        if transcript:
+            _tag(draw, (min(x for x, _ in points), min(y for _, y in points)), transcript, color)
     return np.asarray(canvas, dtype=np.uint8)
 
 

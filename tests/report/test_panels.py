@@ -130,4 +130,9 @@ def test_text_panel_draws_polygons() -> None:
     assert (panel.tiles[1].picture[40, 10] == (38, 194, 129)).all()
     assert panel.note == "0 of 1 lines read exactly"
     other = text_panel("a", 0, image, Polygons((square,), ("a",)), Polygons((), ()))
-    assert other.note == "1 true lines, 0 read"
+    assert other.note == "1 true lines, 0 found"
+    moved = text_panel("a", 0, image, Polygons((square,), ("a",)), Polygons((square + 2,), ("a",)))
+    assert moved.note == "1 true lines, 1 found"  # which line was read is not known here
+    bare = text_panel("a", 0, image, Polygons((square,), ("",)), Polygons((square,), ("",)))
+    assert bare.note == "1 true lines, 1 found"
+    assert (bare.tiles[1].picture[:28] == 0).all()  # no label where there is no text
