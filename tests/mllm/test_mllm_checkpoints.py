@@ -11,7 +11,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
-from tiny_mllm import picture, write  # noqa: E402
+from tiny_mllm import picture, processor_of, write  # noqa: E402
 
 from rice_eval.errors import CheckpointError  # noqa: E402
 from rice_eval.mllm.checkpoints import load  # noqa: E402
@@ -40,8 +40,7 @@ def pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     made = write(folder, **CASES[request.param])
     pil = CASES[request.param].get("pil", False)
-    processor = made if pil else transformers.AutoProcessor.from_pretrained(folder)
-    assert ("Pil" in type(processor.image_processor).__name__) == pil
+    processor = processor_of(folder, made, pil)
     reference = transformers.AutoModelForImageTextToText.from_pretrained(folder).eval()
     return load(folder, scaler="pil" if pil else "torchvision"), reference, processor
 
@@ -96,8 +95,7 @@ def test_without_an_image_the_language_model_speaks_alone(pair):
 
 @pytest.mark.parametrize("case", ["next", "onevision", "llava"])
 def test_several_images_in_one_request(case, tmp_path):
-    write(tmp_path, **CASES[case])
-    processor = transformers.AutoProcessor.from_pretrained(tmp_path)
+    processor = processor_of(tmp_path, write(tmp_path, **CASES[case]))
     reference = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
     images = [picture(90, 40), picture(33, 71, seed=1)]
     prompt = "USER: <image>\nand <image>\nare they alike? ASSISTANT:"
@@ -123,8 +121,8 @@ def test_a_siglip_whose_patches_do_not_fill_its_side(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny_mllm, "vision", lambda kind: usual)
     pinpoints = [[31 * a, 31 * b] for a in range(1, 4) for b in range(1, 4)]
     monkeypatch.setattr(tiny_mllm, "SIDES", pinpoints)
-    write(tmp_path, "llava_onevision", tower="siglip", lm="qwen2", layer=-1, size={"height": 31, "width": 31})
-    processor = transformers.AutoProcessor.from_pretrained(tmp_path)
+    made = write(tmp_path, "llava_onevision", tower="siglip", lm="qwen2", layer=-1, size={"height": 31, "width": 31})
+    processor = processor_of(tmp_path, made)
     reference = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
     image = picture(83, 40)
     inputs = processor(images=image, text=PROMPT, return_tensors="pt")

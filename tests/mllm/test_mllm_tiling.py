@@ -11,8 +11,7 @@ from PIL import Image
 
 pytest.importorskip("transformers")
 
-from tiny_mllm import CLIP_MEAN, picture
-from transformers import CLIPImageProcessor, CLIPImageProcessorPil, LlavaNextImageProcessor, LlavaNextImageProcessorPil
+from tiny_mllm import CLIP_MEAN, image_processor, picture
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 from transformers.image_utils import ChannelDimension
 from transformers.models.llava_next import modeling_llava_next as next_code
@@ -59,7 +58,7 @@ def test_unpadding(size, grid):
 @given(size=small, scaler=st.sampled_from(["pil", "torchvision"]), seed=st.integers(0, 3))
 def test_tiles_are_the_processors(size, scaler, seed):
     image = picture(size[1], size[0], seed=seed)
-    reference = {"pil": LlavaNextImageProcessorPil, "torchvision": LlavaNextImageProcessor}[scaler](
+    reference = image_processor("LlavaNextImageProcessor", scaler == "pil")(
         size={"shortest_edge": SIDE},
         crop_size={"height": SIDE, "width": SIDE},
         image_grid_pinpoints=[list(p) for p in NEXT],
@@ -75,7 +74,7 @@ def test_tiles_are_the_processors(size, scaler, seed):
 @given(size=small, scaler=st.sampled_from(["pil", "torchvision"]), mode=st.sampled_from(["RGB", "L", "RGBA", "P", "1"]))
 def test_centre_crops_are_the_processors(size, scaler, mode):
     image = picture(size[1], size[0], mode=mode)
-    reference = {"pil": CLIPImageProcessorPil, "torchvision": CLIPImageProcessor}[scaler](
+    reference = image_processor("CLIPImageProcessor", scaler == "pil")(
         size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, do_normalize=False
     )
     want = torch.as_tensor(np.asarray(reference(image, return_tensors="pt").pixel_values[0])).float()

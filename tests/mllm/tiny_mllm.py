@@ -28,6 +28,19 @@ def picture(width: int, height: int, seed: int = 0, mode: str = "RGB") -> Image.
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
 
 
+def image_processor(name: str, pil: bool) -> Any:
+    """The class that scales by PIL or by torchvision: transformers 4 and 5 name them differently."""
+    five = hasattr(transformers, f"{name}Pil")
+    return getattr(transformers, name + (("Pil" if pil else "") if five else ("" if pil else "Fast")))
+
+
+def processor_of(folder: Path, made: Any, pil: bool = False) -> Any:
+    """The processor as transformers 5 reads it back; PIL's, and transformers 4's, as they were made."""
+    if pil or transformers.__version__.startswith("4."):
+        return made
+    return transformers.AutoProcessor.from_pretrained(folder)
+
+
 def vision(kind: str) -> Any:
     shared: dict[str, Any] = {
         "hidden_size": 32,
@@ -83,15 +96,11 @@ def write(
         "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
         "tie_word_embeddings": tied,
     }
-    suffix = "Pil" if pil else ""
     if kind == "llava":
-        images = getattr(
-            transformers,
-            f"CLIPImageProcessor{suffix}" if not processor.get("do_pad") else f"LlavaImageProcessor{suffix}",
-        )
+        images = image_processor("LlavaImageProcessor" if processor.get("do_pad") else "CLIPImageProcessor", pil)
         settings = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
     else:
-        images = getattr(transformers, f"{name}ImageProcessor{suffix}")
+        images = image_processor(f"{name}ImageProcessor", pil)
         numbers["image_grid_pinpoints"] = SIDES if kind == "llava_onevision" else PINPOINTS
         settings = {"size": {"height": 28, "width": 28}, "image_grid_pinpoints": numbers["image_grid_pinpoints"]}
         if kind == "llava_next":
