@@ -14,10 +14,11 @@ from typing import Literal
 import numpy as np
 
 from rice_eval.errors import RecordError, UsageError
-from rice_eval.metrics.statistics import METRICS, Floats, MetricInfo, Statistics
+from rice_eval.metrics.statistics import Floats, MetricInfo, Statistics
 from rice_eval.results.bootstrap import replicates, same_images
 from rice_eval.results.ranks import borda, competition_ranks, mean_win_rate, rank_intervals
 from rice_eval.results.record import Record
+from rice_eval.results.runs import encoder_labels, metric_info, unique_runs
 from rice_eval.results.store import StoredRecord, paused_collector
 from rice_eval.results.student import Spread
 
@@ -37,14 +38,14 @@ class Row:
     """An encoder on a board.
 
     Attributes:
-        encoder: label, unique among all records given: the name, with ``@`` and eight digits of the weights' sha256 where
-            several weights go by one name.
+        encoder: label, unique among all records given (``encoder_labels``).
         records: one a seed, by seed.
         value: mean over seeds.
         low, high: 95 % interval over images, and over seeds where there are several; None where a record has none.
         seed_sd: standard deviation over seeds, None for one seed.
         rank: 1 is best; equal values share a rank.
-        ranks: 95 % interval of the rank.
+        ranks: 95 % interval of the rank; an encoder without an interval may stand anywhere, and makes room for itself in those of
+            the others.
         near_best: whether the rank's interval holds 1: not told apart from the best by this set.
     """
 
@@ -130,9 +131,9 @@ def build(stored: Iterable[StoredRecord], method: RankMethod = "auto") -> Leader
 
 
 def _build(stored: Iterable[StoredRecord], method: RankMethod) -> Leaderboard:
-    keyed = _unique(stored)
+    keyed = unique_runs(stored)
     entries = [entry for _, entry in keyed]
-    labels = _labels(entries)
+    labels = encoder_labels((e.record.encoder.name, e.record.encoder.sha256) for e in entries)
     by_key: dict[str, dict[str, list[StoredRecord]]] = {}
     for key, entry in keyed:
         label = labels[entry.record.encoder.name, entry.record.encoder.sha256]
@@ -143,47 +144,6 @@ def _build(stored: Iterable[StoredRecord], method: RankMethod) -> Leaderboard:
     boards = [_board(names[key], key, rows, method, small) for key, rows in by_key.items()]
     boards.sort(key=lambda b: b.name)
     return Leaderboard(tuple(boards), _standings(boards))
-
-
-def _unique(stored: Iterable[StoredRecord]) -> list[tuple[str, StoredRecord]]:
-    """Every run once with its comparability key, in an order that depends on the records alone."""
-    found: dict[str, tuple[str, StoredRecord]] = {}
-    keys: dict[tuple[str, ...], str] = {}
-    for entry in stored:
-        record = entry.record
-        task = record.task
-        facts = (
-            task.name, task.train_fingerprint, task.test_fingerprint, task.test_split, record.metric, record.protocol.id,
-            record.protocol.hash, *record.skipped,
-        )  # fmt: skip
-        # What the key is made of (the protocol's hash says more than enough): worked out once a set, not once a record.
-        key = keys.get(facts)
-        if key is None:
-            key = keys[facts] = record.comparability_key
-        identity = record.identity_of(key)
-        _, other = found.setdefault(identity, (key, entry))
-        if other.record.sha256 == record.sha256:
-            continue
-        if not record.same_result(other.record):
-            raise RecordError(
-                f"{entry.path} and {other.path} are two records of the same run ({record.encoder.name} on "
-                f"{record.task.name}) with different results",
-                "keep one of them",
-            )
-        # The same numbers, measured twice: the earlier one stands for both, in whatever order they come.
-        first = min(other, entry, key=lambda e: (e.record.created, e.record.sha256))
-        found[identity] = (key, first)
-    ordered = sorted(found, key=lambda i: (found[i][1].record.encoder.name, found[i][1].record.seeds, i))
-    return [found[identity] for identity in ordered]
-
-
-def _labels(entries: Sequence[StoredRecord]) -> dict[tuple[str, str], str]:
-    weights: dict[str, set[str]] = {}
-    for entry in entries:
-        weights.setdefault(entry.record.encoder.name, set()).add(entry.record.encoder.sha256)
-    return {
-        (name, sha): name if len(shas) == 1 else f"{name}@{sha[:8]}" for name, shas in weights.items() for sha in shas
-    }
 
 
 def _board_names(records: dict[str, Record]) -> dict[str, str]:
@@ -206,6 +166,8 @@ def _board_names(records: dict[str, Record]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _Score:
+    """Mean over seeds, its interval, and its standard error; NaN where a record has no interval."""
+
     value: float
     low: float | None
     high: float | None
@@ -215,17 +177,19 @@ class _Score:
 
 def _board(name: str, key: str, rows: dict[str, list[StoredRecord]], method: RankMethod, small: bool) -> Board:
     first = next(iter(rows.values()))[0].record
-    info = METRICS.get(first.metric, MetricInfo(first.metric, higher_is_better=first.headline.higher_is_better))
+    info = metric_info(first)
     sign = 1.0 if info.higher_is_better else -1.0
     scores = {label: _score([e.record for e in entries]) for label, entries in rows.items()}
     draws = None
     if method == "paired" or (method == "auto" and small):
         draws = _paired_draws(rows, scores, required=method == "paired")
     used = "intervals" if draws is None else "paired"
+    known = [True] * len(scores)
     if draws is None:
         draws = _independent_draws(key, scores)
+        known = [not math.isnan(s.se) for s in scores.values()]
     places = competition_ranks(sign * np.array([s.value for s in scores.values()]))
-    spans = rank_intervals(sign * draws)
+    spans = _spans(sign * draws, known)
     made = []
     for (label, entries), score, place, span in zip(rows.items(), scores.values(), places, spans):
         ranks = (min(int(place), span[0]), max(int(place), span[1]))
@@ -258,6 +222,18 @@ def _board(name: str, key: str, rows: dict[str, list[StoredRecord]], method: Ran
     )
 
 
+def _spans(draws: Floats, known: Sequence[bool]) -> list[tuple[int, int]]:
+    """Rank interval of each of the E columns of ``(R, E)`` draws, of which only those known say anything."""
+    count = len(known)
+    unknown = count - sum(known)
+    inner = iter(rank_intervals(draws[:, np.array(known)]) if unknown < count else ())
+    spans = []
+    for has_interval in known:
+        low, high = next(inner) if has_interval else (1, sum(known))
+        spans.append((low, high + unknown))
+    return spans
+
+
 def _score(records: Sequence[Record]) -> _Score:
     headlines = [r.headline for r in records]
     values = [h.value for h in headlines]
@@ -267,7 +243,7 @@ def _score(records: Sequence[Record]) -> _Score:
     se_seeds = 0.0 if sd is None else sd / math.sqrt(count)
     bounds = [(h.low, h.value, h.high) for h in headlines if h.low is not None and h.high is not None]
     if len(bounds) < count:
-        return _Score(value, None, None, sd, se_seeds)
+        return _Score(value, None, None, sd, math.nan)
     down = math.fsum(v - low for low, v, _ in bounds) / count
     up = math.fsum(high - v for _, v, high in bounds) / count
     se_images = (up + down) / (2 * _Z)
@@ -279,7 +255,7 @@ def _score(records: Sequence[Record]) -> _Score:
         return _Score(value, value, value, sd, 0.0)
     half = spread.quantile(0.975)
     lean = (down / (up + down), up / (up + down)) if se_images > 0 else (0.5, 0.5)  # a skewed interval stays skewed
-    return _Score(value, value - 2 * half * lean[0], value + 2 * half * lean[1], sd, spread.se)
+    return _Score(value, value - 2 * half * lean[0], value + 2 * half * lean[1], sd, half / _Z)
 
 
 def _paired_draws(rows: dict[str, list[StoredRecord]], scores: dict[str, _Score], required: bool) -> Floats | None:
@@ -300,6 +276,12 @@ def _paired_draws(rows: dict[str, list[StoredRecord]], scores: dict[str, _Score]
                     )
                 return None
             statistics = entry.statistics()
+            if len(statistics) < 2:  # resamples of one image are all alike, and say nothing
+                if required:
+                    raise RecordError(
+                        f"{entry.path}: has one test image, too few to resample", "leave out --ranks paired"
+                    )
+                return None
             if images is None:
                 images = statistics
             try:
@@ -323,7 +305,7 @@ def _paired_draws(rows: dict[str, list[StoredRecord]], scores: dict[str, _Score]
         column = column - column.mean() + scores[label].value
         sd = scores[label].seed_sd
         if sd is not None:
-            column = column + rng.normal(0.0, sd / math.sqrt(len(entries)), _RESAMPLES)
+            column = column + sd / math.sqrt(len(entries)) * rng.standard_t(len(entries) - 1, _RESAMPLES)
         columns.append(column)
     return np.stack(columns, axis=1)
 
@@ -333,7 +315,7 @@ def _independent_draws(key: str, scores: dict[str, _Score]) -> Floats:
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
     normal = np.random.default_rng(seed).standard_normal((_RESAMPLES, len(scores)))
     centre = np.array([s.value for s in scores.values()])
-    draws: Floats = centre + normal * np.array([s.se for s in scores.values()])
+    draws: Floats = centre + normal * np.nan_to_num([s.se for s in scores.values()])
     return draws
 
 

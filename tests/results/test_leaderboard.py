@@ -20,6 +20,7 @@ from rice_eval.results.leaderboard import build
 from rice_eval.results.published import Reference
 from rice_eval.results.ranks import borda, competition_ranks, mean_win_rate, rank_intervals
 from rice_eval.results.record import Metric
+from rice_eval.results.runs import of_encoder
 from rice_eval.results.store import ResultStore, StoredRecord, iter_records, read_records
 
 HOSTILE = [
@@ -221,6 +222,57 @@ def test_no_interval_is_no_interval() -> None:
     found = build(stored(make_record("a", low=None, high=None), make_record("b", value=60)))
     assert found.boards[0].rows[0].low is None
     assert "70.00" in tables.markdown(found)
+
+
+def test_no_interval_may_stand_anywhere() -> None:
+    sure = [make_record("a", value=70, low=69.9, high=70.1), make_record("b", value=60, low=59.9, high=60.1)]
+    ranks = {r.encoder: r.ranks for r in build(stored(*sure)).boards[0].rows}
+    assert ranks == {"a": (1, 1), "b": (2, 2)}
+    found = build(stored(*sure, make_record("c", value=50, low=None, high=None)))
+    assert {r.encoder: r.ranks for r in found.boards[0].rows} == {"a": (1, 2), "b": (2, 3), "c": (1, 3)}
+    assert [r.near_best for r in found.boards[0].rows] == [True, False, True]
+    alone = build(stored(*(make_record(n, value=v, low=None, high=None) for n, v in (("a", 1.0), ("b", 2.0)))))
+    assert [r.ranks for r in alone.boards[0].rows] == [(1, 2), (1, 2)]
+
+
+def test_one_image_ranks_nobody(tmp_path: Path) -> None:
+    for name, rate in (("a", 0.9), ("b", 0.2)):
+        statistics = make_statistics(1, rate)
+        ResultStore(tmp_path).save(
+            make_record(name, value=statistics.point()["accuracy"], low=None, high=None), statistics
+        )
+    assert [r.ranks for r in build(iter_records([tmp_path])).boards[0].rows] == [(1, 2), (1, 2)]
+    with pytest.raises(RecordError, match="one test image"):
+        build(iter_records([tmp_path]), "paired")
+
+
+def test_labels_never_merge_two_encoders() -> None:
+    longer = "12345678" + "9" * 56
+    found = build(
+        stored(
+            make_record("a", weights="12345678" + "0" * 56, value=10),
+            make_record("a", weights=longer, value=20),
+            make_record("a@12345678", weights="f" * 64, value=90),
+            make_record("b", weights="e" * 64, value=50),
+        )
+    )
+    rows = found.boards[0].rows
+    assert [(r.value, len(r.records)) for r in rows] == [(90, 1), (50, 1), (20, 1), (10, 1)]
+    assert len({r.encoder for r in rows}) == 4
+    assert rows[1].encoder == "b"
+
+
+def test_labels_are_taken_back() -> None:
+    entries = stored(make_record("a"), make_record("a", weights="b" * 64, value=60), make_record("c@aaaaaaaa"))
+    for label, count in (("a", 2), ("a@bbbbbbbb", 1), ("a@b", 1), ("c@aaaaaaaa", 1), ("a@", 0), ("a@c", 0), ("x", 0)):
+        assert len(of_encoder(entries, label)) == count, label
+
+
+def test_a_run_made_again_counts_once_and_the_newest_is_kept() -> None:
+    old, new = make_record(), make_record(created="2026-02-01T00:00:00Z", seconds={"fit": 9.0})
+    for entries in (stored(old, new), stored(new, old)):
+        (row,) = build(entries).boards[0].rows
+        assert (len(row.records), row.record.created) == (1, new.created)
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=12))
