@@ -17,6 +17,7 @@ from rice_eval.datasets.base import Dataset
 from rice_eval.datasets.subset import Subset
 from rice_eval.environment import describe, peak_memory_mb
 from rice_eval.errors import PlanError, UsageError
+from rice_eval.mllm.lm_identity import lm_identity
 from rice_eval.mllm.lmms import LmmsRun, check_online, python_for, run_lmms
 from rice_eval.mllm.lmms_scores import scored
 from rice_eval.mllm.lmms_task import write_task
@@ -105,6 +106,7 @@ def train_and_judge(
                 f"task '{name}' has no training split for recipe '{recipe}'",
                 f"train on mllm/scenes-vqa, then judge what it left: rice-eval mllm --model DIR --task {name}",
             )
+    lm_identity(str((settings or {}).get("lm", "smollm2-135m")))  # refused before any work where it can't be had
     python = _judge_python(judge, lmms_python)
     return evaluate(encoders, tasks, protocols=[recipe], settings=settings, lmms_python=python, **arguments)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,12 +21,14 @@ _KINDS = ("*.safetensors", "*.bin", "*.gguf", "*.json", "*.jinja", "*.model")
 def lm_identity(name: str) -> str:
     """sha256 over the files of a language model, 16 hexadecimal digits; the name itself for ``tiny-random``.
 
+    A hub id is fetched first, unless the hub is switched off.
+
     Args:
-        name: as ``rice_eval.mllm.lm.load_lm`` takes it; a hub id stands for its newest snapshot in the cache.
+        name: as ``rice_eval.mllm.lm.load_lm`` takes it.
 
     Raises:
         MissingExtraError: the package that carries it is not installed.
-        CheckpointError: no such file or folder, or a hub id that was never fetched.
+        CheckpointError: no such file or folder, or a hub id that can't be had.
     """
     if name == "tiny-random":
         return name
@@ -53,15 +56,18 @@ def lm_identity(name: str) -> str:
 
 
 def _snapshot(name: str) -> Path:
-    fix = "give tiny-random, smollm2-135m, a folder, a .gguf file or the id of a model in the hub's cache"
+    fix = "give tiny-random, smollm2-135m, a folder, a .gguf file or a hub id"
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"language model '{name}': no such folder, and no name of a hub repository", fix)
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, local_files_only=True))
-    except Exception as error:  # the hub's client raises many kinds; all mean that it is not there
-        raise CheckpointError(f"language model '{name}': not in the hub's cache", fix) from error
+        off = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+        return Path(snapshot_download(name, local_files_only=off, allow_patterns=list(_KINDS)))
+    except Exception as error:  # the hub's client raises many kinds; all mean that it can't be had
+        raise CheckpointError(
+            f"language model '{name}': neither in the hub's cache nor to be fetched ({type(error).__name__})", fix
+        ) from error
 
 
 def _digest(files: list[Path]) -> str:

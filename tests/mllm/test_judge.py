@@ -125,7 +125,7 @@ def test_model_of_no_folder(tmp_path: Path):
         (["-e", "rgb-moments", "--recipe", "llava-next"], "--model FOLDER"),
         (["-e", "rgb-moments", "--task", "docvqa"], "has no training split"),
         (["-e", "rgb-moments", "--task", "segmentation/scenes"], "is of kind segmentation"),
-        (["-e", "rgb-moments", "--lm", "no/such", "--judge", "rice-eval"], "not in the hub's cache"),
+        (["-e", "rgb-moments", "--lm", "no/such", "--judge", "rice-eval"], "neither in the hub's cache"),
         (["--task", "scenes-vqa"], "no encoder is given"),
         (["--model", "x", "-e", "rgb-moments"], "takes no --encoder"),
         (["--model", ".", "--task", "flickr30k-entities"], "lmms-eval has no task"),
