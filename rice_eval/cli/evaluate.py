@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rice_eval.cli.engine import ENGINE, other_engine
+from rice_eval.cli.engine import ENGINE, THEIRS, other_engine
 from rice_eval.environment import launched
 from rice_eval.errors import UsageError
 
@@ -142,7 +142,7 @@ def _on_dataset(kind: str, text: str, reader: dict[str, Any], dataset: str = "sc
     def command(**given: Any) -> None:
         if "engine" in given:
             values = pairs("--set", given["setting"])
-            other = other_engine(given, values, {name: default for name, (_, default) in _SHARED.items()})
+            other = other_engine(kind, given, values, {name: default for name, (_, default) in _SHARED.items()})
             if other is not None:
                 _tell([other], given["results"], given["as_json"], given["report"])
                 return
@@ -172,7 +172,7 @@ def _on_dataset(kind: str, text: str, reader: dict[str, Any], dataset: str = "sc
         "encoder": (Encoders, inspect.Parameter.empty),
         "dataset": (DatasetName, dataset),
     }
-    if kind == "segmentation":
+    if kind in THEIRS:
         flags |= ENGINE
     flags |= {name: (annotation, None) for name, annotation in reader.items()}
     flags |= _SHARED
@@ -226,6 +226,9 @@ def run(
     limit_train: LimitTrain = None,
     limit_test: LimitTest = None,
     save_predictions: Predictions = None,
+    panels: Annotated[
+        int, typer.Option("--panels", min=0, help="Test images kept as pictures, spread evenly over the set.")
+    ] = 8,
     include: Include = None,
     trust_remote_code: Trust = False,
     executor: ExecutorName = "local",
@@ -257,6 +260,7 @@ def run(
         compile=compile,
         on_bad_image=on_bad_image,
         predictions=save_predictions,
+        panels=panels,
         trust_remote_code=trust_remote_code,
         executor=executor,
         address=address,

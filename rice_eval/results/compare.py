@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from rice_eval.errors import RecordError
-from rice_eval.metrics.statistics import METRICS, MetricInfo, Statistics
+from rice_eval.metrics.statistics import MetricInfo, Statistics
 from rice_eval.results.bootstrap import same_images
 from rice_eval.results.paired import Paired, holm, paired
 from rice_eval.results.record import Record, differences
+from rice_eval.results.runs import encoder_labels, metric_info, unique_runs
 from rice_eval.results.store import StoredRecord
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "class_movers",
     "compare",
     "image_movers",
+    "left_out",
     "match",
     "sides",
 ]
@@ -37,7 +39,7 @@ class Side:
     """One encoder (one set of weights) on any number of tasks.
 
     Attributes:
-        label: its name, with eight digits of the weights' sha256 where the name is not enough.
+        label: its name, with digits of the weights' sha256 where the name is not enough.
         records: every record of it.
     """
 
@@ -51,13 +53,15 @@ class Resampling:
 
     Attributes:
         resamples: bootstrap resamples of the interval.
-        permutations: swaps of the permutation test.
+        permutations: swaps of the permutation test, which draws more by itself where ``alpha`` asks for them.
         seed: of both.
+        alpha: level that p-values are held against, over all tasks together.
     """
 
     resamples: int = 2000
     permutations: int = 5000
     seed: int = 0
+    alpha: float = 0.05
 
 
 @dataclass(frozen=True)
@@ -99,10 +103,7 @@ class Pair:
     @property
     def info(self) -> MetricInfo:
         """How to read the headline metric."""
-        return METRICS.get(
-            self.record.metric,
-            MetricInfo(self.record.metric, higher_is_better=self.record.headline.higher_is_better),
-        )
+        return metric_info(self.record)
 
 
 @dataclass(frozen=True)
@@ -133,15 +134,16 @@ class Comparison:
 
 
 def sides(stored: Iterable[StoredRecord]) -> list[Side]:
-    """Records grouped by encoder and weights, by label."""
+    """Records grouped by encoder and weights, by label; a run that is there twice counts once.
+
+    Raises:
+        RecordError: two records of one run with different contents.
+    """
     groups: dict[tuple[str, str], list[StoredRecord]] = {}
-    for entry in stored:
+    for _, entry in unique_runs(stored):
         groups.setdefault((entry.record.encoder.name, entry.record.encoder.sha256), []).append(entry)
-    names = [name for name, _ in groups]
-    return [
-        Side(name if names.count(name) == 1 else f"{name}@{sha[:8]}", tuple(entries))
-        for (name, sha), entries in sorted(groups.items(), key=lambda item: item[0])
-    ]
+    labels = encoder_labels(groups)
+    return [Side(labels[key], tuple(entries)) for key, entries in sorted(groups.items())]
 
 
 def _title(record: Record) -> str:
@@ -173,17 +175,19 @@ def match(a: Side, b: Side) -> list[Pair]:
         if mine and theirs:
             problems = tuple(differences(mine[0].record, theirs[0].record))
         else:
-            missing = b if mine else a
-            problems = (_nearest_problem(missing, (mine or theirs)[0].record),)
+            problems = (_nearest_problem(mine, b) if mine else _nearest_problem(theirs, a, first=False),)
         pairs.append(Pair(task, title, _by_seed(mine), _by_seed(theirs), problems))
     return sorted(pairs, key=lambda p: (p.name, p.record.comparability_key))
 
 
-def _nearest_problem(side: Side, wanted: Record) -> str:
-    for entry in side.records:
+def _nearest_problem(held: Sequence[StoredRecord], missing: Side, first: bool = True) -> str:
+    """Why ``missing`` has nothing for what the other side holds; ``first`` where that is side A."""
+    wanted = held[0].record
+    for entry in missing.records:
         if entry.record.task.name == wanted.task.name:
-            return f"{side.label} has no record to compare with: " + "; ".join(differences(wanted, entry.record))
-    return f"{side.label} has no record of this task"
+            both = (wanted, entry.record) if first else (entry.record, wanted)
+            return f"{missing.label} has no record to compare with: " + "; ".join(differences(*both))
+    return f"{missing.label} has no record of this task"
 
 
 def _by_seed(entries: Sequence[StoredRecord]) -> tuple[StoredRecord, ...]:
@@ -197,8 +201,15 @@ def statistics_of(entries: Sequence[StoredRecord]) -> list[Statistics] | None:
     return [e.statistics() for e in entries]
 
 
-def paired_of(pair: Pair, tests: Resampling) -> tuple[Paired | None, list[Statistics] | None, list[Statistics] | None]:
+def paired_of(
+    pair: Pair, tests: Resampling, together: int = 1
+) -> tuple[Paired | None, list[Statistics] | None, list[Statistics] | None]:
     """The headline metric's paired test, with the statistics that it read; None where a side has none.
+
+    Args:
+        pair: records of both sides.
+        tests: how to test.
+        together: tests that are made at once, which share ``tests.alpha``.
 
     Raises:
         RecordError: the two sides' statistics are not of the same images, or lack the headline metric.
@@ -209,7 +220,14 @@ def paired_of(pair: Pair, tests: Resampling) -> tuple[Paired | None, list[Statis
     metric = pair.record.metric
     try:
         found = paired(
-            a, b, resamples=tests.resamples, permutations=tests.permutations, seed=tests.seed, metrics=(metric,)
+            a,
+            b,
+            resamples=tests.resamples,
+            permutations=tests.permutations,
+            seed=tests.seed,
+            metrics=(metric,),
+            finest=tests.alpha / max(1, together),
+            directions={metric: pair.info.higher_is_better},
         )
     except ValueError as error:
         raise RecordError(f"{pair.a[0].path} and {pair.b[0].path}: {error}", "run both on the same images") from error
@@ -236,12 +254,19 @@ def compare(a: Side, b: Side, tests: Resampling | None = None, movers: int = 10)
                 f"{a.label} and {b.label} can't be compared on {pair.task}: " + "; ".join(pair.problems),
                 "run both under the same protocol on the same data",
             )
-    pairs = [p for p in pairs if not p.problems]
-    if not pairs:
+    kept = [p for p in pairs if not p.problems]
+    if not kept:
+        shared = {e.record.task.name for e in a.records} & {e.record.task.name for e in b.records}
+        near = next((p for p in pairs if p.task in shared), None)
+        if near is not None:
+            raise RecordError(
+                f"{a.label} and {b.label} can't be compared on {near.task}: {near.problems[0]}",
+                "run both under the same protocol on the same data",
+            )
         raise RecordError(f"{a.label} and {b.label} have no task in common", "run both on the same tasks")
     rows = []
-    for pair in pairs:
-        test, ours, theirs = paired_of(pair, tests or Resampling())
+    for pair in kept:
+        test, ours, theirs = paired_of(pair, tests or Resampling(), len(kept))
         images = (
             () if ours is None or theirs is None else tuple(image_movers(ours, theirs, pair.record.metric)[:movers])
         )
@@ -258,6 +283,11 @@ def compare(a: Side, b: Side, tests: Resampling | None = None, movers: int = 10)
         )
         for pair, test, images in rows
     ]
+
+
+def left_out(a: Side, b: Side) -> list[Pair]:
+    """What one of two sides alone has, and why it was not compared (``problems``)."""
+    return [p for p in match(a, b) if not (p.a and p.b)]
 
 
 def _mean(entries: Sequence[StoredRecord]) -> float:

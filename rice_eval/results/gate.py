@@ -6,87 +6,20 @@ significant. It is warned of where the set is too small to tell. Missing or inco
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from rice_eval.errors import RecordError, UsageError
+from rice_eval.errors import RecordError
 from rice_eval.results.compare import Pair, Resampling, Side, match, paired_of, sides
 from rice_eval.results.paired import Paired, holm
+from rice_eval.results.policy import Policy, unused_patterns
 from rice_eval.results.store import StoredRecord
 
-__all__ = ["GateReport", "Policy", "TaskPolicy", "TaskVerdict", "load_policy", "run_gate"]
+__all__ = ["GateReport", "TaskVerdict", "run_gate"]
 
 Status = Literal["pass", "warn", "fail", "unusable"]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TaskPolicy(_Strict):
-    """What holds for tasks whose name matches; fields left out keep the policy's own."""
-
-    margin: float | None = Field(None, ge=0, description="drop that is let through, in the metric's unit")
-    detect: float | None = Field(None, gt=0, description="warn where the smallest detectable drop is larger than this")
-    required: bool | None = Field(None, description="whether a missing candidate result makes the gate unusable")
-
-
-class Policy(_Strict):
-    """A gate's policy, read from YAML."""
-
-    margin: float = Field(0.0, ge=0, description="drop that is let through, in the metric's unit (points of percent)")
-    detect: float | None = Field(
-        None, gt=0, description="warn where the smallest detectable drop is larger than this; None: never"
-    )
-    required: bool = True
-    alpha: float = Field(0.05, gt=0, lt=1, description="false alarms that are let through, over all tasks together")
-    power: float = Field(0.8, gt=0, lt=1, description="probability that the smallest detectable drop is seen with")
-    resamples: int = Field(2000, ge=100)
-    permutations: int = Field(5000, ge=100)
-    seed: int = 0
-    tasks: dict[str, TaskPolicy] = Field(
-        default_factory=dict, description="task name or pattern (detection/*) -> its own values; the last match wins"
-    )
-
-    def of(self, task: str) -> TaskPolicy:
-        """The values that hold for a task."""
-        margin, detect, required = self.margin, self.detect, self.required
-        for pattern, own in self.tasks.items():
-            if fnmatch.fnmatchcase(task, pattern):
-                margin = own.margin if own.margin is not None else margin
-                detect = own.detect if own.detect is not None else detect
-                required = own.required if own.required is not None else required
-        return TaskPolicy(margin=margin, detect=detect, required=required)
-
-
-def load_policy(path: Path) -> Policy:
-    """Read a policy.
-
-    Raises:
-        UsageError: names the file and the field that does not fit.
-    """
-    import yaml
-    from pydantic import ValidationError
-
-    from rice_eval.cards import first_problem
-
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: can't be read ({error.strerror})", "check the path given to --policy") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: is not YAML ({error})", "check the indentation") from error
-    try:
-        return Policy.model_validate({} if data is None else data)
-    except ValidationError as error:
-        fields = ", ".join(Policy.model_fields)
-        raise UsageError(f"{path}: {first_problem(error)}", f"fields of a policy: {fields}") from error
 
 
 @dataclass(frozen=True)
@@ -101,7 +34,8 @@ class TaskVerdict:
         test: the paired test; None where there was none.
         p_adjusted: one-sided p, adjusted for the number of tasks.
         margin: drop that is let through.
-        detectable: smallest true drop that this set and this policy see with the policy's power.
+        detectable: smallest true drop that this set and this policy see with the policy's power; infinite where none can be
+            significant.
     """
 
     encoder: str
@@ -131,9 +65,11 @@ class TaskVerdict:
             "p": None if t is None else t.p_worse,
             "p_adjusted": self.p_adjusted,
             "test": None if t is None else t.test,
+            "p_floor": None if t is None else t.p_floor,
             "images": None if t is None else t.images,
             "margin": self.margin,
-            "detectable": self.detectable,
+            "detectable": None if self.detectable is None or math.isinf(self.detectable) else self.detectable,
+            "notes": [] if t is None else list(t.notes),
             "baseline_records": [str(e.path) for e in self.pair.a],
             "candidate_records": [str(e.path) for e in self.pair.b],
         }
@@ -146,14 +82,18 @@ class GateReport:
     Attributes:
         verdicts: by encoder and task.
         policy: what they were made under.
+        warnings: about the policy, one sentence each.
+        problem: why nothing could be judged; empty where something was.
     """
 
     verdicts: tuple[TaskVerdict, ...]
     policy: Policy = field(default_factory=Policy)
+    warnings: tuple[str, ...] = ()
+    problem: str = ""
 
     def count(self, status: Status) -> int:
-        """Verdicts with this status."""
-        return sum(v.status == status for v in self.verdicts)
+        """Verdicts with this status; a problem counts as one unusable."""
+        return sum(v.status == status for v in self.verdicts) + (status == "unusable" and self.problem != "")
 
     @property
     def exit_code(self) -> int:
@@ -169,33 +109,34 @@ def run_gate(baseline: Iterable[StoredRecord], candidate: Iterable[StoredRecord]
     Raises:
         RecordError: a side holds two sets of weights under one name; damaged statistics.
     """
-    open_verdicts = []
-    for name, a, b in _encoders(sides(baseline), sides(candidate)):
-        for pair in match(a, b):
-            open_verdicts.append((name, pair, *_tested(pair, policy)))
-    tests = [t for _, _, t, _ in open_verdicts if t is not None]
-    adjusted = iter(holm([t.p_worse for t in tests]))
-    verdicts = []
-    for name, pair, test, problem in open_verdicts:
-        if test is None:
-            verdicts.append(_without_test(name, pair, problem, policy))
-        else:
-            verdicts.append(_judge(name, pair, test, next(adjusted), len(tests), policy))
-    if not verdicts:
+    pairs = [(name, pair) for name, a, b in _encoders(sides(baseline), sides(candidate)) for pair in match(a, b)]
+    if not pairs:
         raise RecordError("the baseline and the candidate hold no records", "point at two results folders")
-    return GateReport(tuple(verdicts), policy)
+    together = sum(not pair.problems for _, pair in pairs)
+    tested = [_tested(pair, policy, together) for _, pair in pairs]
+    tests = [t for t, _ in tested if t is not None]
+    adjusted = iter(holm([t.p_worse for t in tests]))
+    verdicts = [
+        _without_test(name, pair, problem, policy)
+        if test is None
+        else _judge(name, pair, test, next(adjusted), len(tests), policy)
+        for (name, pair), (test, problem) in zip(pairs, tested)
+    ]
+    return GateReport(tuple(verdicts), policy, tuple(unused_patterns(policy, [p.task for _, p in pairs])))
 
 
-def _tested(pair: Pair, policy: Policy) -> tuple[Paired | None, str]:
+def _tested(pair: Pair, policy: Policy, together: int) -> tuple[Paired | None, str]:
     if pair.problems:
         return None, "; ".join(pair.problems)
-    tests = Resampling(policy.resamples, policy.permutations, policy.seed)
+    tests = Resampling(policy.resamples, policy.permutations, policy.seed, policy.alpha)
     try:
-        test, _, _ = paired_of(pair, tests)
+        test, _, _ = paired_of(pair, tests, together)
     except RecordError as error:
         return None, str(error)
     if test is None:
         return None, "a record has no per-image statistics, so nothing can be tested"
+    if test.images < 2:
+        return None, "the set holds one image, so nothing can be tested"
     if not math.isfinite(test.se) or not math.isfinite(test.difference):
         return None, "the metric is undefined on most resamples of this set"
     return test, ""
@@ -238,12 +179,24 @@ def _judge(name: str, pair: Pair, test: Paired, p: float, tests: int, policy: Po
     reason = f"{drop} (p = {p:.3g})"
     if test.drop > margin and p <= policy.alpha:
         status, reason = "fail", f"{reason}, beyond the margin of {margin:g}"
+    elif math.isinf(detectable):
+        status = "warn"
+        reason = f"{reason}: no drop can fail this task, as {_floor(test, tests, policy)}"
     elif test.drop > margin and test.drop > 0:
         status, reason = "warn", f"{reason}: beyond the margin of {margin:g}, but this set can't tell it from chance"
         if margin == 0.0 and own.detect is None:
             # Without a margin every second equal pair lies below zero: that alone is worth no warning.
             status, reason = "pass", f"{drop} (p = {p:.3g}): within chance"
-    if status != "fail" and own.detect is not None and detectable > own.detect:
+    if status != "fail" and own.detect is not None and own.detect < detectable < math.inf:
         status = "warn"
         reason = f"{drop} (p = {p:.3g}): the smallest drop this set can see is {detectable:.3g}{unit}, above the wanted {own.detect:g}"
+    reason = "; ".join([reason, *test.notes])
     return TaskVerdict(name, pair, status, reason, test, p, margin, detectable)
+
+
+def _floor(test: Paired, tests: int, policy: Policy) -> str:
+    """Why a task can't fail, and what would let it."""
+    shared = f"{policy.alpha:g}" if tests == 1 else f"{policy.alpha:g} / {tests} tasks"
+    few = test.p_floor <= 1.01 * 0.5**test.images
+    fix = "more images" if few else f"permutations: {math.ceil(tests / policy.alpha) * 10}"
+    return f"p can't get below {test.p_floor:.2g} here and alpha is {shared}; {fix} or a larger alpha would let it"

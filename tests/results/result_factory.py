@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rice_eval.metrics.statistics import RatioStatistics
+from rice_eval.results.policy import Policy
 from rice_eval.results.record import (
     Cost,
     EncoderEntry,
@@ -17,6 +19,7 @@ from rice_eval.results.record import (
     TaskEntry,
     settings_hash,
 )
+from rice_eval.results.store import ResultStore, StoredRecord, load_record
 
 
 def make_statistics(n: int = 50, rate: float = 0.7, seed: int = 0) -> RatioStatistics:
@@ -95,3 +98,22 @@ def make_record(
         "statistics": None,
     }
     return Record(**(fields | changes)).sealed()
+
+
+QUICK = Policy(resamples=300, permutations=400)
+
+
+def shifted(drop: float, n: int = 200, noise: float = 0.0, seed: int = 0) -> RatioStatistics:
+    """Accuracy of images that lose ``drop`` points each, on average."""
+    rng = np.random.default_rng(0)
+    base = rng.uniform(3, 9, n)
+    change = np.random.default_rng(seed + 1).normal(0, noise, n) if noise else 0.0
+    return RatioStatistics(
+        tuple(f"i{k}" for k in range(n)), (base - drop / 10 + change)[:, None], np.full((n, 1), 10.0), ("accuracy",)
+    )
+
+
+def put(root: Path, statistics: RatioStatistics | None, **changes: Any) -> StoredRecord:
+    value = statistics.point()["accuracy"] if statistics is not None else 70.0
+    path = ResultStore(root).save(make_record(value=value, low=value - 3, high=value + 3, **changes), statistics)
+    return StoredRecord(path, load_record(path))

@@ -1,43 +1,24 @@
-"""Compare, gate and watch: verdicts, exit codes, outputs, and checkpoints that arrive, change and fail."""
+"""Compare and gate: verdicts, exit codes, outputs."""
 
 from __future__ import annotations
 
 import json
-import os
+import math
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from result_factory import make_record, make_statistics
+from result_factory import QUICK, make_record, make_statistics, put, shifted
 
 from rice_eval.cli.main import main
-from rice_eval.errors import CheckpointError, RecordError, UsageError
+from rice_eval.errors import RecordError, UsageError
 from rice_eval.metrics.statistics import RatioStatistics
 from rice_eval.results.compare import Resampling, compare, match, sides
-from rice_eval.results.gate import Policy, load_policy, run_gate
+from rice_eval.results.gate import run_gate
 from rice_eval.results.gate_output import gate_json, gate_junit, gate_markdown
+from rice_eval.results.policy import Policy, load_policy
+from rice_eval.results.record import ProtocolEntry, settings_hash
 from rice_eval.results.store import ResultStore, StoredRecord, load_record, read_records
-from rice_eval.results.watch import CURVE, STATE, Watch, watch, worst
-
-QUICK = Policy(resamples=300, permutations=400)
-
-
-def shifted(drop: float, n: int = 200, noise: float = 0.0, seed: int = 0) -> RatioStatistics:
-    """Accuracy of images that lose ``drop`` points each, on average."""
-    rng = np.random.default_rng(0)
-    base = rng.uniform(3, 9, n)
-    change = np.random.default_rng(seed + 1).normal(0, noise, n) if noise else 0.0
-    return RatioStatistics(
-        tuple(f"i{k}" for k in range(n)), (base - drop / 10 + change)[:, None], np.full((n, 1), 10.0), ("accuracy",)
-    )
-
-
-def put(root: Path, statistics: RatioStatistics | None, **changes: Any) -> StoredRecord:
-    value = statistics.point()["accuracy"] if statistics is not None else 70.0
-    path = ResultStore(root).save(make_record(value=value, low=value - 3, high=value + 3, **changes), statistics)
-    return StoredRecord(path, load_record(path))
 
 
 def run(*arguments: str) -> int:
@@ -157,6 +138,80 @@ def test_outputs_are_read_by_standard_parsers(tmp_path: Path) -> None:
     assert all(line.replace("\\|", "").count("|") == 10 for line in rows)
 
 
+def test_a_policy_that_names_no_task_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path / "a", shifted(0))
+    (tmp_path / "gate.yaml").write_text("tasks:\n  segmentaton/toy: {margin: 1}\n  segmentation/*: {margin: 0.1}\n")
+    arguments = ["--baseline", tmp_path / "a", "--candidate", tmp_path / "a", "--policy", tmp_path / "gate.yaml"]
+    assert run("gate", *arguments, "--output", tmp_path / "gate.json", "--summary", tmp_path / "gate.md") == 0
+    (warning,) = json.loads((tmp_path / "gate.json").read_text())["warnings"]
+    assert "'segmentaton/toy' matches none of the tasks (did you mean 'segmentation/toy'?)" in warning
+    assert "segmentaton" in (tmp_path / "gate.md").read_text()
+    assert "segmentaton" in capsys.readouterr().err
+
+
+def test_a_gate_that_can_not_fail_says_so(tmp_path: Path) -> None:
+    base = [put(tmp_path / "a", shifted(0, n=4))]
+    worse = [put(tmp_path / "b", shifted(30, n=4, noise=0.01))]
+    report = run_gate(base, worse, QUICK)
+    (verdict,) = report.verdicts
+    assert (report.exit_code, verdict.status) == (0, "warn")
+    assert "no drop can fail this task" in verdict.reason
+    assert "more images" in verdict.reason
+    assert verdict.detectable == math.inf
+    assert json.loads(gate_json(report))["verdicts"][0]["detectable"] is None
+    assert "| none |" in gate_markdown(report)
+    assert run_gate(base, base, QUICK).verdicts[0].status == "warn"  # whatever came out
+    assert run_gate(base, worse, QUICK.model_copy(update={"alpha": 0.1})).exit_code == 1
+
+
+def test_a_strict_policy_draws_the_swaps_it_needs(tmp_path: Path) -> None:
+    base, worse = [put(tmp_path / "a", shifted(0))], [put(tmp_path / "b", shifted(5, noise=0.2))]
+    strict = QUICK.model_copy(update={"alpha": 0.001, "permutations": 100})
+    report = run_gate(base, worse, strict)
+    assert report.exit_code == 1
+    assert report.verdicts[0].test is not None
+    assert report.verdicts[0].test.p_floor < 0.001
+    stricter = run_gate(base, worse, strict.model_copy(update={"alpha": 5e-6}))
+    assert "permutations: 2000000 or a larger alpha" in stricter.verdicts[0].reason
+
+
+def test_two_contents_of_one_run_are_refused_and_a_copy_is_no_seed(tmp_path: Path) -> None:
+    base = [put(tmp_path / "a", shifted(0))]
+    good, bad = put(tmp_path / "b", shifted(0)), put(tmp_path / "c", shifted(6, noise=0.2))
+    with pytest.raises(RecordError, match="two records of the same run"):
+        run_gate(base, [good, bad], QUICK)
+    report = run_gate(base, [bad, StoredRecord(tmp_path / "copy.json", bad.record)], QUICK)
+    assert report.exit_code == 1
+    assert report.verdicts[0].test is not None
+    assert report.verdicts[0].test.test == "permutation"
+    with pytest.raises(RecordError, match="two records of the same run"):
+        sides([good, bad])
+
+
+def test_seeds_against_one_seed_borrow_their_spread(tmp_path: Path) -> None:
+    base = [put(tmp_path / "a", shifted(0, noise=0.1, seed=s), seed=s) for s in range(3)]
+    report = run_gate(base, [put(tmp_path / "b", shifted(0), seed=0)], QUICK)
+    assert (
+        "the candidate has one seed: the spread of the baseline's 3 seeds is taken for both"
+        in report.verdicts[0].reason
+    )
+    assert json.loads(gate_json(report))["verdicts"][0]["notes"]
+
+
+def test_the_direction_of_a_metric_nobody_knows_is_the_records_own(tmp_path: Path) -> None:
+    def loss(root: Path, value: float) -> StoredRecord:
+        base = shifted((50 - value) if value else 0)
+        statistics = RatioStatistics(base.image_ids, base.numerators, base.denominators, ("loss",))
+        mean = statistics.point()["loss"]
+        record = make_record(value=mean, low=None, high=None, metric="loss", higher_is_better=False)
+        path = ResultStore(root).save(record, statistics)
+        return StoredRecord(path, load_record(path))
+
+    low, high = loss(tmp_path / "a", 30), loss(tmp_path / "b", 50)
+    assert run_gate([low], [high], QUICK).exit_code == 1
+    assert run_gate([high], [low], QUICK).exit_code == 0
+
+
 def test_policy_files(tmp_path: Path) -> None:
     path = tmp_path / "gate.yaml"
     path.write_text("margin: 0.3\ntasks:\n  segmentation/*: {margin: 1}\n  segmentation/toy: {detect: 2}\n")
@@ -169,6 +224,13 @@ def test_policy_files(tmp_path: Path) -> None:
         ("margn: 1", "margn"),
         ("margin: -1", "margin"),
         ("alpha: 2", "alpha"),
+        ("alpha: 1e-300", "alpha"),
+        ("margin: .inf", "margin"),
+        ("margin: true", "true is not a number"),
+        ("tasks: {x: {detect: no}}", "detect"),
+        ("seed: -1", "seed"),
+        ("alpha: 0.1\nmargin: 1\nalpha: 0.2", "line 3: 'alpha' stands there twice"),
+        ("tasks:\n  x: {margin: 1}\n  x: {margin: 2}", "line 3: 'x' stands there twice"),
         ("tasks: {x: {mar: 1}}", "tasks.x.mar"),
         ("[", "YAML"),
         ("- 1", "whole file"),
@@ -194,6 +256,14 @@ def test_command_gate(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     assert step.read_text().startswith("earlier step\n### rice-eval gate: regression")
     assert ElementTree.parse(tmp_path / "o" / "gate.xml").getroot().tag == "testsuites"
     assert json.loads((tmp_path / "gate.json").read_text())["result"] == "regression"
+    for bad in ("none", "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        assert run("gate", "--baseline", a, "--candidate", tmp_path / bad, *out) == 2
+        errors = ElementTree.parse(tmp_path / "o" / "gate.xml").getroot().findall("testsuite/testcase/error")
+        assert bad in (errors[0].get("message") or "")
+        assert json.loads((tmp_path / "gate.json").read_text())["exit_code"] == 2
+        assert bad in step.read_text()
+    capsys.readouterr()
     assert run("gate", "--baseline", a, "--candidate", tmp_path / "none") == 2
     assert "does not exist" in capsys.readouterr().err
     next(b.rglob("*.json")).write_text("{}")
@@ -231,6 +301,50 @@ def test_compare_refuses_other_keys_by_field(tmp_path: Path) -> None:
         compare(a, c)
 
 
+def test_compare_names_the_protocol_that_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = put(tmp_path / "a", shifted(0))
+    settings = {"view": "square=64", "norm": True, "seed": 0}
+    knn = ProtocolEntry(id="knn", hash=settings_hash("knn", 1, settings), settings=settings)
+    b = put(tmp_path / "b", shifted(0), protocol=knn)
+    assert run("compare", a.path, b.path) == 2
+    error = capsys.readouterr().err
+    assert "protocol: linear against knn" in error
+    assert f"({a.path})" in error  # the same encoder on both sides: the files tell them apart
+    assert "(1)" not in error
+
+
+def test_compare_says_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path / "a", shifted(0))
+    put(tmp_path / "a", shifted(0), task="segmentation/other")
+    put(tmp_path / "b", shifted(0), encoder="b")
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert run("compare", a, b) == 0
+    assert "left out: segmentation/other linear accuracy: b has no record of this task" in capsys.readouterr().out
+    assert run("compare", a, b, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["outcome"] for row in rows] == ["tie", "left out"]
+
+
+def test_compare_of_one_image_knows_no_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path / "a", shifted(0, n=1))
+    put(tmp_path / "b", shifted(3, n=1), encoder="b")
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert run("compare", a, b, "--json") == 0
+    (row,) = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
+    assert row["low"] is row["high"] is None
+    assert run("compare", a, b) == 0
+    assert "nan" not in capsys.readouterr().out
+    assert "one image" in run_gate(read_records([a]), read_records([b]), QUICK).verdicts[0].reason
+
+
+def test_a_printed_label_is_taken_back(tmp_path: Path) -> None:
+    put(tmp_path / "a", shifted(0), encoder="x", weights="1" * 64)
+    put(tmp_path / "a", shifted(0), encoder="x", weights="2" * 64)
+    assert run("compare", "x@11111111", "x@22222222", "--results", tmp_path / "a") == 0
+    put(tmp_path / "b", shifted(0), encoder="x", weights="1" * 64)
+    assert run("compare", f"{tmp_path / 'b'}:x@11111111", "x@22222222", "--results", tmp_path / "a") == 0
+
+
 def test_match_puts_seeds_together(tmp_path: Path) -> None:
     both = [
         sides([put(tmp_path / name, shifted(0, noise=0.1, seed=s), seed=s) for s in (1, 0)])[0] for name in ("a", "b")
@@ -257,99 +371,6 @@ def test_command_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert run("compare", "x", "yy", "--results", r) == 2
     assert "did you mean 'y'" in capsys.readouterr().err
     assert run("compare", "x") == 2
-
-
-class Clock:
-    """Time that passes only while sleeping, and things that happen meanwhile."""
-
-    def __init__(self, *events: Any) -> None:
-        self.now = 0.0
-        self.events = list(events)
-
-    def __call__(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-        if self.events:
-            self.events.pop(0)()
-
-
-def evaluator(results: Path, drops: dict[str, float], calls: list[str]) -> Any:
-    def evaluate(checkpoint: Path) -> list[StoredRecord]:
-        calls.append(checkpoint.name)
-        if checkpoint.read_text() == "broken":
-            raise CheckpointError(f"{checkpoint}: is damaged", "write it again")
-        drop = drops[checkpoint.name]
-        return [
-            put(
-                results, shifted(drop, noise=0.2, seed=int(drop * 10)), weights=f"{hash(checkpoint.name) % 16**16:064x}"
-            )
-        ]
-
-    return evaluate
-
-
-def test_watch_follows_a_run(tmp_path: Path) -> None:
-    runs, results = tmp_path / "runs", tmp_path / "results"
-    runs.mkdir()
-    calls: list[str] = []
-    evaluate = evaluator(results, {"s-9.pt": 0, "s-10.pt": 4.0, "s-11.pt": 0.0}, calls)
-    settings = Watch(str(runs / "*.pt"), results, QUICK, interval=1, idle=3)
-    (runs / "s-10.pt").write_text("ok")
-    (runs / "s-9.pt").write_text("ok")
-    clock = Clock(
-        lambda: None, lambda: (runs / "s-11.pt").write_text("half"), lambda: (runs / "s-11.pt").write_text("whole!")
-    )
-    steps = watch(settings, evaluate, clock=clock, sleep=clock.sleep)
-    assert calls == ["s-9.pt", "s-10.pt", "s-11.pt"]
-    assert [s.exit_code for s in steps] == [0, 1, 0]
-    assert worst(steps) == 1
-    curve = (results / CURVE).read_text().splitlines()
-    assert len(curve) == 4
-    assert ",start," in curve[1]
-    assert ",fail," in curve[2]
-
-
-def test_watch_goes_on_after_a_restart_and_a_bad_checkpoint(tmp_path: Path) -> None:
-    runs, results = tmp_path / "runs", tmp_path / "results"
-    runs.mkdir()
-    calls: list[str] = []
-    evaluate = evaluator(results, {"1.pt": 0, "2.pt": 0.0}, calls)
-    settings = Watch(str(runs / "*.pt"), results, QUICK, once=True)
-    (runs / "1.pt").write_text("ok")
-    (runs / "2.pt").write_text("broken")
-    steps = watch(settings, evaluate)
-    assert [s.error != "" for s in steps] == [False, True]
-    assert worst(steps) == 2
-    assert "failed" in (results / CURVE).read_text()
-    watch(settings, evaluate)
-    assert calls == ["1.pt", "2.pt"]  # nothing changed: nothing is done again
-    (runs / "2.pt").write_text("good")
-    os.utime(runs / "2.pt", ns=(1, 1))
-    steps = watch(settings, evaluate)
-    assert calls == ["1.pt", "2.pt", "2.pt"]
-    assert worst(steps) == 0
-    (results / STATE).write_text("{")
-    with pytest.raises(RecordError, match="line 1"):
-        watch(settings, evaluate)
-
-
-@pytest.mark.parametrize(
-    ("against", "failing"), [("first", [1]), ("previous", [1]), ("best", [1]), ("folder", [0, 1, 2])]
-)
-def test_watch_against(tmp_path: Path, against: str, failing: list[int]) -> None:
-    runs, results = tmp_path / "runs", tmp_path / "results"
-    runs.mkdir()
-    for k in range(3):
-        (runs / f"{k}.pt").write_text("ok")
-    put(tmp_path / "good", shifted(-5))
-    evaluate = evaluator(results, {"0.pt": 0, "1.pt": 4.0, "2.pt": 0.0}, [])
-    baseline = str(tmp_path / "good") if against == "folder" else against
-    steps = watch(Watch(str(runs / "*.pt"), results, QUICK, baseline, once=True), evaluate)
-    assert [k for k, s in enumerate(steps) if s.exit_code == 1] == failing
-    with pytest.raises(UsageError, match="neither|no folder"):
-        watch(Watch("x", results, QUICK, "yesterday", once=True), evaluate)
 
 
 def test_records_of_the_gate_are_read_once_and_whole(tmp_path: Path) -> None:
