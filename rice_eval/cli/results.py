@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from rice_eval.errors import UsageError
 
 if TYPE_CHECKING:
     from rice_eval.results.leaderboard import Leaderboard
+    from rice_eval.results.store import StoredRecord
 
 __all__ = ["register", "results_app"]
 
@@ -142,20 +144,15 @@ def _leaderboard(
     if format == "parquet" and output is None:
         raise UsageError("--format parquet needs --output", "add --output leaderboard.parquet")
     stored = read_records(roots)
-    for flag, wanted, names in (
-        ("--task", task, {e.record.task.name for e in stored}),
-        ("--encoder", encoder, {e.record.encoder.name for e in stored}),
-    ):
-        for name in wanted or ():
-            if name not in names:
-                from rice_eval.registry import did_you_mean
+    names = {e.record.task.name for e in stored}
+    for name in task or ():
+        if name not in names:
+            from rice_eval.registry import did_you_mean
 
-                raise UsageError(f"{flag} {name}: no record has it", did_you_mean(name, names))
-    stored = [
-        e
-        for e in stored
-        if (not task or e.record.task.name in task) and (not encoder or e.record.encoder.name in encoder)
-    ]
+            raise UsageError(f"--task {name}: no record has it", did_you_mean(name, names))
+    if encoder:
+        stored = _of_encoders(stored, encoder)
+    stored = [e for e in stored if not task or e.record.task.name in task]
     boards = build(stored, ranks)  # type: ignore[arg-type]  # checked by build, which names the choices
     printed: dict[str, Any] = {}
     if references:
@@ -175,6 +172,23 @@ def _leaderboard(
             _write("".join(f"{table_text(rows, title)}\n" for rows, title in shown), output)
     else:
         _write(writers[format](boards, printed), output)
+
+
+def _of_encoders(stored: list[StoredRecord], wanted: list[str]) -> list[StoredRecord]:
+    """The records of some encoders, each given by its name or by the label that leaderboards show (``name@digits``)."""
+    from rice_eval.results.runs import encoder_labels, of_encoder
+
+    paths = set()
+    for label in wanted:
+        found = of_encoder(stored, label)
+        if not found:
+            from rice_eval.registry import did_you_mean
+
+            labels = encoder_labels((e.record.encoder.name, e.record.encoder.sha256) for e in stored)
+            names = {*(name for name, _ in labels), *labels.values()}
+            raise UsageError(f"--encoder {label}: no record has it", did_you_mean(label, names))
+        paths |= {e.path for e in found}
+    return [e for e in stored if e.path in paths]
 
 
 def _tables(boards: Leaderboard, printed: dict[str, Any]) -> list[tuple[list[dict[str, Any]], str]]:
@@ -221,7 +235,8 @@ def published(
         if (encoder or "").lower() in r.encoder.lower() and (benchmark or "").lower() in r.benchmark.lower()
     ]
     if as_json:
-        typer.echo(json.dumps([dataclasses.asdict(r) for r in rows], indent=2, ensure_ascii=False))
+        plain = [{**dataclasses.asdict(r), "recipes": [recipe.model_dump() for recipe in r.recipes]} for r in rows]
+        typer.echo(json.dumps(plain, indent=2, ensure_ascii=False))
         return
     shown = ("encoder", "arch", "resolution", "kind", "protocol", "benchmark", "metric", "value", "source")
     print_table([{name: getattr(r, name) for name in shown} for r in rows])
@@ -232,23 +247,28 @@ def reproduce(
     encoder: Annotated[str | None, typer.Option("--encoder", "-e", help="Only this checkpoint.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Printed numbers of public checkpoints against our records: the difference, and whether it lies in the interval."""
+    """Printed numbers of public checkpoints against our records: the difference, and whether it lies in the interval.
+
+    A record that does not measure what was printed (other weights, fewer images, other settings) is "not comparable", with why.
+    """
+    from rice_eval.cards import catalogue
     from rice_eval.cli.tables import print_table
     from rice_eval.results.published import load_published
-    from rice_eval.results.published import reproduce as compare_printed
+    from rice_eval.results.reproduction import reproduce as compare_printed
     from rice_eval.results.store import read_records
 
     stored = read_records(roots) if roots else read_records([Path("results")]) if _has_records(Path("results")) else []
     rows = []
-    for r in compare_printed(load_published(), stored):
+    for r in compare_printed(load_published(), stored, _defaults, catalogue().tasks):
         if encoder is not None and r.reference.checkpoint != encoder:
             continue
-        ours = r.stored.record.headline if r.stored is not None else None
+        ours = r.ours
         rows.append(
             {
                 "checkpoint": r.reference.checkpoint,
                 "task": r.reference.task or r.reference.benchmark,
                 "protocol": r.reference.protocol,
+                "our protocol": None if r.recipe is None else r.recipe.protocol,
                 "metric": r.reference.metric,
                 "printed": r.reference.value,
                 "ours": None if ours is None else round(ours.value, 4),
@@ -256,6 +276,7 @@ def reproduce(
                 "high": None if ours is None or ours.high is None else round(ours.high, 4),
                 "difference": None if r.difference is None else round(r.difference, 4),
                 "verdict": r.verdict,
+                "why": r.why,
                 "source": r.reference.source,
             }
         )
@@ -265,6 +286,20 @@ def reproduce(
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
     else:
         print_table(rows)
+
+
+@lru_cache
+def _defaults(protocol: str) -> tuple[int, dict[str, Any]] | None:
+    """Version and default settings of a protocol (imports torch); None for one that is not installed."""
+    import dataclasses
+
+    from rice_eval import registry
+
+    if protocol not in registry.protocols:
+        return None
+    kind: Any = registry.protocols.get(protocol)
+    fields = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
+    return kind.version, json.loads(json.dumps(fields))
 
 
 def _has_records(root: Path) -> bool:
@@ -292,17 +327,13 @@ def publish(
     if target not in known:
         raise UsageError(f"'{target}' is nothing to publish to", did_you_mean(target, known))
     stored = read_records(_roots(roots))
-    names = {e.record.encoder.name for e in stored}
-    if encoder is not None and encoder not in names:
-        raise UsageError(f"--encoder {encoder}: no record has it", did_you_mean(encoder, names))
-    stored = [e for e in stored if encoder in (None, e.record.encoder.name)]
-    if target == "model-index":
-        _write(exports.model_index(stored), output)
-    elif target == "lmms-eval":
+    if encoder is not None:
+        stored = _of_encoders(stored, [encoder])
+    if target in ("model-index", "lmms-eval"):
         try:
-            text = exports.lmms_eval(stored)
+            text = exports.model_index(stored) if target == "model-index" else exports.lmms_eval(stored)
         except ValueError as error:
-            raise UsageError(f"{error}, and these records are of several", "choose one with --encoder") from error
+            raise UsageError(str(error), "choose one with --encoder") from error
         _write(text, output)
     elif target == "tensorboard":
         if output is None:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from rice_eval.errors import MissingExtraError
+from rice_eval.results.runs import encoder_labels
 from rice_eval.results.store import StoredRecord
 
 __all__ = ["lmms_eval", "log_mlflow", "log_tensorboard", "log_wandb", "model_index", "scalars"]
@@ -25,41 +26,47 @@ _HUB_TASKS = {
 
 
 def model_index(stored: Sequence[StoredRecord]) -> str:
-    """Model-card metadata (``model-index``) of every encoder: YAML to paste between the ``---`` of a README.
+    """Model-card metadata (``model-index``) of one encoder: YAML to paste between the ``---`` of a README.
 
     Results are sorted by task, protocol and seeds; every metric of a record is listed, its headline first.
+
+    Raises:
+        ValueError: records of several encoders, or of several weights of one: a card is of one model, and the hub's reader gives
+            all results to the last name.
     """
-    by_name: dict[str, list[StoredRecord]] = {}
-    for entry in stored:
-        by_name.setdefault(entry.record.encoder.name, []).append(entry)
-    models = []
-    for name in sorted(by_name):
-        results = []
-        for entry in sorted(by_name[name], key=_order):
-            record = entry.record
-            names = [record.metric, *sorted(m for m in record.metrics if m != record.metric)]
-            results.append(
-                {
-                    "task": {"type": _HUB_TASKS.get(record.task.kind, record.task.kind), "name": record.task.name},
-                    "dataset": {
-                        "name": record.task.dataset,
-                        "type": record.task.dataset,
-                        "split": record.task.test_split,
-                        "revision": record.task.test_fingerprint,
-                    },
-                    "metrics": [
-                        {
-                            "type": metric,
-                            "name": f"{metric} ({record.protocol.id} {record.protocol.hash}, record {record.sha256[:12]})",
-                            "value": round(record.metrics[metric].value, 4),
-                        }
-                        for metric in names
-                    ],
-                }
-            )
-        models.append({"name": name, "results": results})
+    _one_encoder(stored, "a model card")
+    results = []
+    for entry in sorted(stored, key=_order):
+        record = entry.record
+        names = [record.metric, *sorted(m for m in record.metrics if m != record.metric)]
+        results.append(
+            {
+                "task": {"type": _HUB_TASKS.get(record.task.kind, record.task.kind), "name": record.task.name},
+                "dataset": {
+                    "name": record.task.dataset,
+                    "type": record.task.dataset,
+                    "split": record.task.test_split,
+                    "revision": record.task.test_fingerprint,
+                },
+                "metrics": [
+                    {
+                        "type": metric,
+                        "name": f"{metric} ({record.protocol.id} {record.protocol.hash}, record {record.sha256[:12]})",
+                        "value": round(record.metrics[metric].value, 4),
+                    }
+                    for metric in names
+                ],
+            }
+        )
+    models = [{"name": stored[0].record.encoder.name, "results": results}]
     text: str = yaml.safe_dump({"model-index": models}, sort_keys=False, allow_unicode=True, width=110)
     return text
+
+
+def _one_encoder(stored: Sequence[StoredRecord], what: str) -> None:
+    labels = encoder_labels((e.record.encoder.name, e.record.encoder.sha256) for e in stored)
+    if len(labels) != 1:
+        raise ValueError(f"{what} is of one encoder, and these records are of {', '.join(sorted(labels.values())[:6])}")
 
 
 def _order(entry: StoredRecord) -> tuple[str, str, tuple[int, ...], str]:
@@ -76,9 +83,7 @@ def lmms_eval(stored: Sequence[StoredRecord]) -> str:
     Raises:
         ValueError: records of several encoders.
     """
-    names = {(e.record.encoder.name, e.record.encoder.sha256) for e in stored}
-    if len(names) != 1:
-        raise ValueError("lmms-eval's layout holds one model a file")
+    _one_encoder(stored, "a file of lmms-eval's layout")
     results: dict[str, Any] = {}
     configs: dict[str, Any] = {}
     versions: dict[str, int] = {}
@@ -115,9 +120,11 @@ def lmms_eval(stored: Sequence[StoredRecord]) -> str:
 
 
 def scalars(stored: Sequence[StoredRecord]) -> dict[str, float]:
-    """Flat names to numbers: ``task/protocol/metric`` and ``…_low``, ``…_high``; seeds apart where there are several."""
+    """Flat names to numbers: ``task/protocol/metric`` and ``…_low``, ``…_high``; encoders and seeds apart where there are several."""
     out: dict[str, float] = {}
-    keys = [(e.record.encoder.name, e.record.task.name, e.record.protocol.id) for e in stored]
+    labels = encoder_labels((e.record.encoder.name, e.record.encoder.sha256) for e in stored)
+    encoders = [labels[e.record.encoder.name, e.record.encoder.sha256] for e in stored]
+    keys = [(label, e.record.task.name, e.record.protocol.id) for label, e in zip(encoders, stored)]
     several = len({k[0] for k in keys}) > 1
     for entry, key in zip(stored, keys):
         record = entry.record

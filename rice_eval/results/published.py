@@ -1,7 +1,7 @@
 """Numbers printed in papers and repositories: ``results/published/*.csv``, one file a source, each row with its source.
 
-``links.yaml`` beside them says which registry encoder a printed name is, and which task a printed benchmark is. Printed
-numbers are references: they are shown apart and are never ranked.
+``links.yaml`` beside them says which registry encoder a printed name is, which task a printed benchmark is, and which protocol of
+this package runs a printed one. Printed numbers are references: they are shown apart and are never ranked.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -19,12 +20,28 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rice_eval.cards import data_root, first_problem
 from rice_eval.errors import DataError
 from rice_eval.results.leaderboard import Board
-from rice_eval.results.store import StoredRecord
 
-__all__ = ["COLUMNS", "Reference", "Reproduction", "load_published", "references_of", "reproduce"]
+__all__ = ["COLUMNS", "Recipe", "Reference", "load_published", "references_of"]
 
 COLUMNS = ("encoder", "arch", "resolution", "protocol", "benchmark", "metric", "value", "source", "note")
 """Header of every file. ``resolution`` in pixels or empty; ``protocol`` is kind/id; the rest as printed."""
+
+
+class Recipe(BaseModel):
+    """A protocol of this package that runs a printed one, and what it takes for that.
+
+    Attributes:
+        protocol: its id.
+        settings: fields that differ from the protocol's defaults where it runs the printed recipe.
+        comparable: false where scores can't be expected to agree, for what ``note`` says.
+        note: what is known to differ.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    protocol: str
+    settings: dict[str, Any] = {}
+    comparable: bool = True
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,6 +57,9 @@ class Reference:
         checkpoint: the encoder's registry name, None where it has none.
         task: the benchmark's task name, None where it has none.
         file: the CSV it stands in.
+        measure: the metric's name in a record, where that is not the printed one in lower case.
+        train_images, test_images: of the printed benchmark's splits, None where they are not known.
+        recipes: protocols of this package that run the printed one; where there is no link, that of the same id.
     """
 
     encoder: str
@@ -55,6 +75,10 @@ class Reference:
     checkpoint: str | None
     task: str | None
     file: str
+    measure: str | None = None
+    train_images: int | None = None
+    test_images: int | None = None
+    recipes: tuple[Recipe, ...] = ()
 
     @property
     def label(self) -> str:
@@ -64,8 +88,8 @@ class Reference:
 
     @property
     def metric_name(self) -> str:
-        """The metric by a record's name: lower case, ``mIoU`` is ``miou``."""
-        return self.metric.lower()
+        """The metric by a record's name: where nothing is linked in lower case, ``mIoU`` is ``miou``."""
+        return self.measure or self.metric.lower()
 
 
 class _CheckpointLink(BaseModel):
@@ -77,16 +101,30 @@ class _CheckpointLink(BaseModel):
 
 
 class _TaskLink(BaseModel):
+    """``protocol``: the link is of this printed protocol alone; ``metrics``: printed name -> a record's name."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: str
     benchmark: str
     task: str
+    protocol: str | None = None
+    metrics: dict[str, str] = {}
+    train_images: int | None = None
+    test_images: int | None = None
+
+
+class _ProtocolLink(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: str
+    printed: str
+    recipes: tuple[Recipe, ...]
 
 
 class _Links(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     checkpoints: tuple[_CheckpointLink, ...] = ()
     tasks: tuple[_TaskLink, ...] = ()
+    protocols: tuple[_ProtocolLink, ...] = ()
 
 
 @lru_cache(maxsize=4)
@@ -120,7 +158,8 @@ def _load_links(path: Path) -> _Links:
 
 def _load_file(path: Path, links: _Links) -> list[Reference]:
     by_encoder = {(c.encoder, c.arch, c.resolution): c.checkpoint for c in links.checkpoints}
-    by_benchmark = {(t.kind, t.benchmark): t.task for t in links.tasks}
+    by_benchmark = {(t.kind, t.benchmark, t.protocol): t for t in links.tasks}
+    by_protocol = {(p.kind, p.printed): p.recipes for p in links.protocols}
     out = []
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.reader(file)
@@ -142,6 +181,9 @@ def _load_file(path: Path, links: _Links) -> list[Reference]:
             kind, _, protocol = fields["protocol"].partition("/")
             if not math.isfinite(value) or not protocol:
                 raise DataError(f"{where}: value must be finite and protocol kind/id", "correct the line")
+            task = by_benchmark.get((kind, fields["benchmark"], protocol)) or by_benchmark.get(
+                (kind, fields["benchmark"], None)
+            )
             out.append(
                 Reference(
                     encoder=fields["encoder"],
@@ -155,8 +197,12 @@ def _load_file(path: Path, links: _Links) -> list[Reference]:
                     source=fields["source"],
                     note=fields["note"],
                     checkpoint=by_encoder.get((fields["encoder"], fields["arch"], resolution)),
-                    task=by_benchmark.get((kind, fields["benchmark"])),
+                    task=None if task is None else task.task,
                     file=path.name,
+                    measure=None if task is None else task.metrics.get(fields["metric"]),
+                    train_images=None if task is None else task.train_images,
+                    test_images=None if task is None else task.test_images,
+                    recipes=by_protocol.get((kind, protocol), (Recipe(protocol=protocol),)),
                 )
             )
     return out
@@ -166,46 +212,3 @@ def references_of(board: Board, published: Iterable[Reference]) -> list[Referenc
     """Printed numbers of a board's task and metric, whatever their protocol (their label names it), by label."""
     found = [r for r in published if r.task == board.task and r.metric_name == board.metric]
     return sorted(found, key=lambda r: (r.label, r.source))
-
-
-@dataclass(frozen=True)
-class Reproduction:
-    """A printed number of a public checkpoint against our record.
-
-    Attributes:
-        reference: what was printed.
-        stored: our record on the same task, protocol and metric; None where there is none.
-    """
-
-    reference: Reference
-    stored: StoredRecord | None
-
-    @property
-    def difference(self) -> float | None:
-        """Ours minus the printed one."""
-        return None if self.stored is None else self.stored.record.headline.value - self.reference.value
-
-    @property
-    def verdict(self) -> str:
-        """``inside`` or ``outside`` our interval, ``no interval``, or ``not run``."""
-        if self.stored is None:
-            return "not run"
-        ours = self.stored.record.headline
-        if ours.low is None or ours.high is None:
-            return "no interval"
-        return "inside" if ours.low <= self.reference.value <= ours.high else "outside"
-
-
-def reproduce(published: Iterable[Reference], stored: Iterable[StoredRecord]) -> list[Reproduction]:
-    """Each printed number of a checkpoint that the registry knows, with each record of ours that measures the same thing."""
-    ours: dict[tuple[str, str, str, str], list[StoredRecord]] = {}
-    for entry in stored:
-        r = entry.record
-        ours.setdefault((r.encoder.name, r.task.name, r.protocol.id, r.metric), []).append(entry)
-    out = []
-    for reference in published:
-        if reference.checkpoint is None:
-            continue
-        key = (reference.checkpoint, reference.task or "", reference.protocol, reference.metric_name)
-        out += [Reproduction(reference, entry) for entry in ours.get(key, [])] or [Reproduction(reference, None)]
-    return out

@@ -17,7 +17,7 @@ from result_factory import make_record, make_statistics
 from rice_eval.cli.main import main
 from rice_eval.results import exports
 from rice_eval.results import store as store_module
-from rice_eval.results.record import seal
+from rice_eval.results.record import Record, seal
 from rice_eval.results.store import ResultStore, StoredRecord, load_record
 from rice_eval.results.validate import schema_text
 
@@ -76,6 +76,29 @@ def test_records_fit_their_schema(tmp_path: Path) -> None:
             jsonschema.validate({k: v for k, v in content.items() if k != name}, schema)
 
 
+def test_rebuild_of_nothing_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("results", "rebuild", tmp_path / "nope") == 2
+    assert "does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "nope").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc")
+@pytest.mark.parametrize("flags", [["--junit"], ["--output"], ["--summary"]])
+def test_outputs_where_nothing_can_be_made_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    """``/proc`` refuses new folders even to root, and says that they do not exist: ENOENT."""
+    put(tmp_path)
+    for command in (
+        ["gate", "--baseline", tmp_path, "--candidate", tmp_path, *flags],
+        ["leaderboard", tmp_path, "-f", "csv", "-o"],
+    ):
+        assert run(*command, "/proc/nothing/x/y") == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "/proc/nothing" in error
+
+
 def test_migrate_rewrites_older_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,8 +146,9 @@ def test_command_leaderboard_flags(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_parquet(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     put(tmp_path)
-    assert run("leaderboard", tmp_path, "-f", "parquet", "-o", tmp_path / "x.parquet") == 0
-    (row,) = parquet.read_table(tmp_path / "x.parquet").to_pylist()
+    out = tmp_path / "new" / "folder" / "x.parquet"
+    assert run("leaderboard", tmp_path, "-f", "parquet", "-o", out) == 0
+    (row,) = parquet.read_table(out).to_pylist()
     assert row["encoder"] == "toy-vit"
     assert row["rank"] == 1
 
@@ -170,8 +194,48 @@ def test_lmms_eval_layout(tmp_path: Path) -> None:
     first = content["results"]["segmentation/toy/linear"]
     assert 0 < first["accuracy,none"] < 1
     assert first["accuracy_stderr,none"] == pytest.approx(0.1 / 3.92, rel=1e-3)
-    with pytest.raises(ValueError, match="one model"):
+    with pytest.raises(ValueError, match="of one encoder, and these records are of other, toy-vit"):
         exports.lmms_eval([*stored(tmp_path), StoredRecord(Path("x"), make_record("other"))])
+
+
+@pytest.mark.parametrize("other", [make_record("other"), make_record(weights="b" * 64)], ids=["name", "weights"])
+def test_a_model_card_is_of_one_encoder(tmp_path: Path, other: Record) -> None:
+    """The hub's reader would give every result to the last name."""
+    with pytest.raises(ValueError, match="a model card is of one encoder"):
+        exports.model_index([*stored(tmp_path), StoredRecord(Path("x"), other)])
+
+
+@pytest.mark.parametrize(
+    "command", [["leaderboard", "-f", "csv"], ["publish", "lmms-eval"], ["publish", "model-index"]]
+)
+def test_labels_that_are_shown_are_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    put(tmp_path, encoder="clip", weights="87654321" + "0" * 56)
+    put(tmp_path, encoder="clip", weights="1234" * 16)
+    put(tmp_path, encoder="odd@87654321")
+    assert run("leaderboard", tmp_path, "-f", "csv") == 0
+    assert "clip@87654321," in capsys.readouterr().out
+    assert run(*command, tmp_path, "-e", "clip@87654321") == 0
+    out = capsys.readouterr().out
+    assert "1234123412341234" not in out
+    assert "odd" not in out
+    assert run(*command, tmp_path, "-e", "odd@87654321") == 0  # a name of its own comes first
+    assert "odd@87654321" in capsys.readouterr().out
+    assert run(*command, tmp_path, "-e", "clip@87654322") == 2
+    assert "did you mean 'clip@87654321'" in capsys.readouterr().err
+    if command[0] == "publish":
+        capsys.readouterr()
+        assert run(*command, tmp_path, "-e", "clip") == 2
+        error = capsys.readouterr().err
+        assert "clip@12341234, clip@87654321" in error
+        assert "--encoder" in error
+
+
+def test_scalars_of_two_weights_stay_apart(tmp_path: Path) -> None:
+    paths = [put(tmp_path, weights=w * 64) for w in "ab"]
+    found = exports.scalars([StoredRecord(p, load_record(p)) for p in paths])
+    assert {name.split("/")[0] for name in found} == {"toy-vit@aaaaaaaa", "toy-vit@bbbbbbbb"}
 
 
 def test_scalars_are_flat_and_apart(tmp_path: Path) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
 from result_factory import make_record
+from test_outputs import run
 
 from rice_eval.cards import catalogue, data_root
 from rice_eval.errors import DataError
 from rice_eval.results.leaderboard import build
-from rice_eval.results.published import COLUMNS, Reference, load_published, references_of, reproduce
-from rice_eval.results.store import StoredRecord
+from rice_eval.results.published import COLUMNS, Reference, load_published, references_of
+from rice_eval.results.record import Metric, ProtocolEntry
+from rice_eval.results.reproduction import Default, reproduce
+from rice_eval.results.store import ResultStore, StoredRecord
 
 FOLDER = data_root() / "results" / "published"
 
@@ -106,6 +110,145 @@ def test_reproduce(tmp_path: Path) -> None:
         assert found.difference == pytest.approx(value - 71.5)
         (reference,) = references_of(build([entry]).boards[0], numbers)
         assert reference.value == 71.5
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> tuple[Reference, ...]:
+    (tmp_path / "x.csv").write_text(GOOD.replace("segmentation/linear", "segmentation/printed-linear"))
+    (tmp_path / "links.yaml").write_text(
+        "checkpoints: [{encoder: RICE, arch: ViT-L-14, resolution: 560, checkpoint: toy-vit}]\n"
+        "tasks: [{kind: segmentation, benchmark: Toy, task: segmentation/toy, train_images: 10, test_images: 50}]\n"
+        "protocols: [{kind: segmentation, printed: printed-linear, recipes: [{protocol: linear, settings: {steps: 9}}]}]\n"
+    )
+    return load_published(tmp_path)
+
+
+def defaults(protocol: str) -> Default | None:
+    return (1, {"norm": True, "steps": 1000, "view": "square=64"}) if protocol == "linear" else None
+
+
+FULL = {"value": 71.0, "low": 70.0, "high": 72.0, "settings": {"steps": 9}}
+
+
+def test_a_printed_protocol_is_found_under_our_id(toy: tuple[Reference, ...]) -> None:
+    (found,) = reproduce(toy, [StoredRecord(Path("r"), make_record(**FULL))], defaults)
+    assert (found.verdict, found.why) == ("inside", "")
+    assert found.recipe is not None
+    assert found.recipe.protocol == "linear"
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"encoder.weights": "my_finetune_step_999.pt"}, "my_finetune_step_999.pt"),
+        ({"task.n_test": 12}, "12 test images of 50"),
+        ({"task.n_train": 9}, "9 training images of 10"),
+        ({"skipped": ("a", "b")}, "2 test images skipped"),
+        ({"settings": {"steps": 10}}, "setting 'steps' 10, the recipe has 9"),
+        ({"settings": {}}, "setting 'steps' None, the recipe has 9"),
+        ({"settings": {"steps": 9, "view": "square=512"}}, "setting 'view' 'square=512', the recipe has 'square=64'"),
+    ],
+)
+def test_what_does_not_measure_the_printed_number_gets_no_verdict(
+    toy: tuple[Reference, ...], changes: dict[str, object], why: str
+) -> None:
+    top = {k: v for k, v in changes.items() if "." not in k}
+    record = make_record(**{**FULL, **top})  # type: ignore[arg-type]
+    for name, value in changes.items():
+        part, dot, field = name.partition(".")
+        if dot:
+            record = record.model_copy(update={part: getattr(record, part).model_copy(update={field: value})})
+    (found,) = reproduce(toy, [StoredRecord(Path("r"), record)], defaults)
+    assert found.verdict == "not comparable"
+    assert why in found.why
+
+
+def test_other_splits_options_and_versions_are_told(toy: tuple[Reference, ...]) -> None:
+    card = (
+        catalogue()
+        .tasks["segmentation/ade20k"]
+        .model_copy(update={"train": "train", "test": "test", "options": {"a": 1}})
+    )
+    entry = StoredRecord(Path("r"), make_record(**FULL))
+    (found,) = reproduce(toy, [entry], lambda _: (2, {}), {"segmentation/toy": card})
+    assert found.verdict == "not comparable"
+    assert "test split val, the task has test" in found.why
+    assert "options none, the task has {'a': 1}" in found.why
+    assert "version 1 of the protocol, now 2" in found.why
+
+
+def test_any_metric_of_a_record_counts(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text(GOOD.replace("accuracy", "AP"))
+    (tmp_path / "links.yaml").write_text(
+        "checkpoints: [{encoder: RICE, arch: ViT-L-14, resolution: 560, checkpoint: toy-vit}]\n"
+        "tasks: [{kind: segmentation, benchmark: Toy, task: segmentation/toy, metrics: {AP: mask_ap}}]\n"
+    )
+    record = make_record(metrics={"accuracy": Metric(value=1.0), "mask_ap": Metric(value=71.0, low=70.0, high=72.0)})
+    (found,) = reproduce(load_published(tmp_path), [StoredRecord(Path("r"), record)])
+    assert found.verdict == "inside"
+    assert found.difference == pytest.approx(-0.5)
+
+
+def test_linked_protocols_exist_and_their_settings_fit() -> None:
+    """Every printed protocol of a kind that this package scores is one of its protocols, or stands alone on purpose."""
+    from rice_eval.registry import protocols
+
+    ours = {"segmentation", "detection", "region"}
+    recipes = {
+        (n.kind, n.protocol, r) for n in load_published() if n.kind in ours for r in [x.protocol for x in n.recipes]
+    }
+    assert {protocol for _, _, protocol in recipes} <= set(protocols.names())
+    for number in load_published():
+        for recipe in number.recipes:
+            if number.kind in ours:
+                kind = protocols.get(recipe.protocol)
+                assert set(recipe.settings) <= set(kind.__dataclass_fields__)
+                assert recipe.comparable or recipe.note
+    found = {(n.kind, n.protocol): {r.protocol for r in n.recipes} for n in load_published()}
+    assert found["detection", "frozen-cascade-mask-rcnn"] == {"rice-detection", "cascade-mask-rcnn-frozen"}
+    assert found["region", "zero-shot"] == {"cloc-region"}
+    assert found["segmentation", "hummingbird-knn30"] == {"hummingbird-knn"}
+    assert found["segmentation", "dinov2-linear"] == {"dinov2-linear"}
+
+
+def test_command_reproduce_on_a_public_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A full run of DINOv2 ViT-S/14 under dinov2-linear's own settings counts; a fine-tuned file on 12 images does not."""
+    from rice_eval.protocols.online_recipes import Dinov2Linear
+
+    settings = Dinov2Linear().settings()
+    card = catalogue().tasks["segmentation/ade20k"]
+    base = make_record(
+        "dinov2-vit-s-14", "segmentation/ade20k", value=44.0, low=43.0, high=45.0, metric="miou",
+        protocol=ProtocolEntry(id="dinov2-linear", hash=Dinov2Linear().hash, settings=settings),
+    )  # fmt: skip
+    task = base.task.model_copy(
+        update={
+            "train_split": card.train,
+            "test_split": card.test,
+            "n_train": 20210,
+            "n_test": 2000,
+            "dataset": "ade20k",
+        }
+    )
+    full = base.model_copy(update={"task": task})
+    tuned = base.model_copy(
+        update={
+            "task": task.model_copy(update={"n_test": 12}),
+            "encoder": base.encoder.model_copy(update={"weights": "my_finetune_step_999.pt", "sha256": "b" * 64}),
+        }
+    )
+    for record in (full, tuned):
+        ResultStore(tmp_path).save(record, None)
+    assert run("reproduce", tmp_path, "-e", "dinov2-vit-s-14", "--json") == 0
+    rows = [r for r in json.loads(capsys.readouterr().out) if r["verdict"] != "not run"]
+    assert [(r["protocol"], r["verdict"]) for r in sorted(rows, key=lambda r: str(r["verdict"]))] == [
+        ("dinov2-linear", "inside"), ("dinov2-linear", "not comparable"),
+    ]  # fmt: skip
+    why = next(r["why"] for r in rows if r["verdict"] == "not comparable")
+    assert "my_finetune_step_999.pt" in why
+    assert "12 test images of 2000" in why
+    assert run("reproduce", tmp_path) == 0
+    assert "not comparable" in capsys.readouterr().out
 
 
 def test_columns_are_as_documented() -> None:
