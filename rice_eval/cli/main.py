@@ -49,7 +49,8 @@ _INTERRUPTED = 130
 _DISK = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space"),
     **dict.fromkeys((errno.EACCES, errno.EROFS, errno.EPERM), "check the permissions"),
-    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG), "give another path"),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG), "give another path"),
+    **dict.fromkeys((errno.ELOOP, errno.ENXIO, errno.ENODEV), "give another path"),
     errno.EIO: "check the disk",
 }
 """What the file system may say that is no fault of the program, and what to do then."""

@@ -30,7 +30,11 @@ class _Handler(SimpleHTTPRequestHandler):
             return None
         root = Path(self.directory).resolve()
         target = Path(self.translate_path(self.path))
-        inside = target.resolve()
+        try:
+            inside = target.resolve()
+        except (ValueError, OSError, RuntimeError):  # no name of a file (NUL, lone surrogates), or links in a circle
+            self.send_error(404)
+            return None
         if inside != root and root not in inside.parents:
             self.send_error(404)
             return None

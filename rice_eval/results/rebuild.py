@@ -28,9 +28,9 @@ def leaderboard_texts(results: Path) -> dict[str, str]:
 
 def rebuild(results: Path) -> list[Path]:
     """Write all of ``FILES``; returns their paths."""
+    texts = leaderboard_texts(results)
     folder = results / "leaderboards"
     folder.mkdir(parents=True, exist_ok=True)
-    texts = leaderboard_texts(results)
     for name, text in texts.items():
         write_atomic(folder / name, text.encode())
     return [folder / name for name in texts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rice_eval.errors import MissingExtraError, one_line
+from rice_eval.results.files import write_output
 from rice_eval.results.leaderboard import Board, Leaderboard, Row
 from rice_eval.results.published import Reference
 
@@ -313,4 +315,6 @@ def write_parquet(leaderboard: Leaderboard, path: Path, references: References |
     }  # fmt: skip
     names = list(rows[0]) if rows else []
     schema = pyarrow.schema([(name, types.get(name, pyarrow.string())) for name in names])
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), path)
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), buffer)
+    write_output(path, buffer.getvalue())

@@ -29,6 +29,7 @@ def site(tmp_path: Path) -> Iterator[tuple[int, Path]]:
     (folder / ".hidden").write_text("no")
     (folder / "sub").mkdir()
     (tmp_path / "secret.txt").write_text("no")
+    (folder / "circle").symlink_to(folder / "circle")
     (folder / "link.txt").symlink_to(tmp_path / "secret.txt")
     with server(folder, 0) as (made, url):
         port = made.server_address[1]
@@ -39,6 +40,10 @@ def site(tmp_path: Path) -> Iterator[tuple[int, Path]]:
         yield int(port), folder
         made.shutdown()
         thread.join()
+
+
+ODD = ("/%00", "/a%00.html", "/%ED%A0%80", "/circle", "/" + "a" * 5000)
+"""What no file is called: NUL, a lone surrogate, links in a circle, too long a name."""
 
 
 def get(port: int, path: str, host: str | None = None) -> tuple[int, bytes]:
@@ -53,8 +58,16 @@ def get(port: int, path: str, host: str | None = None) -> tuple[int, bytes]:
 def test_it_serves_the_page_and_nothing_else(site: tuple[int, Path]) -> None:
     port, _ = site
     assert get(port, "/report.html") == (200, b"<p>hello")
-    for path in ("/", "/sub/", "/.hidden", "/../secret.txt", "/%2e%2e/secret.txt", "/link.txt", "/none.html"):
+    for path in ("/", "/sub/", "/.hidden", "/../secret.txt", "/%2e%2e/secret.txt", "/link.txt", "/none.html", *ODD):
         assert get(port, path)[0] == 404, path
+
+
+def test_odd_names_leave_no_trace_and_no_dead_server(site: tuple[int, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    port, _ = site
+    for path in ODD:
+        assert get(port, path)[0] == 404, path
+    assert get(port, "/report.html")[0] == 200
+    assert capfd.readouterr().err == ""
 
 
 def test_it_answers_to_its_own_name_only(site: tuple[int, Path]) -> None:
