@@ -2,12 +2,13 @@
 
     python benchmarks/statistics.py --repeats 1000 --output docs/statistics
 
-writes ``docs/statistics.json`` and ``docs/statistics.svg``. Four parts:
+writes ``docs/statistics.json`` and ``docs/statistics.svg``. Five parts:
 
 * coverage: test sets of 200 images are drawn from a large population whose metric is known; how often does the nominal 95 %
   interval hold it, for this package's interval and for the percentile, basic and BCa ones of the same replicates;
 * false alarms: the gate on pairs of runs of one model that differ in noise alone;
 * power: the gate on pairs whose true drop is a multiple of the smallest detectable drop that it states itself;
+* seeds: both of these where sides have several seeds (``simulation_seeds.py``);
 * speed: 10,000 resamples of the mean IoU over 2,000 images and 150 classes.
 
 The truth of a test set is the population's metric over the classes that the set holds: a class that no image shows can't be
@@ -28,23 +29,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from simulation_plot import plot
+from simulation_record import held_record
+from simulation_seeds import seeds_promises
 
 from rice_eval.metrics.coco import AREAS, IOU_THRESHOLDS, ApStatistics
 from rice_eval.metrics.iou import IoUStatistics
 from rice_eval.metrics.statistics import Statistics
 from rice_eval.results.bootstrap import KIND, combine, intervals, jackknife, replicates
-from rice_eval.results.gate import Policy, run_gate
-from rice_eval.results.record import (
-    Cost,
-    EncoderEntry,
-    Environment,
-    Metric,
-    ProtocolEntry,
-    Record,
-    TaskEntry,
-    settings_hash,
-)
-from rice_eval.results.store import StoredRecord
+from rice_eval.results.gate import run_gate
+from rice_eval.results.policy import Policy
 
 Floats = NDArray[np.float64]
 NORMAL = NormalDist()
@@ -256,42 +249,6 @@ def ap_draw(
 # --- the gate ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Held(StoredRecord):
-    """A record whose statistics are in memory."""
-
-    held: Statistics
-
-    def statistics(self) -> Statistics:
-        return self.held
-
-
-def held_record(weights: str, task: str, statistics: Statistics) -> Held:
-    """A record as small as the schema allows."""
-    value = statistics.point()["miou"]
-    record = Record(
-        created="2026-01-01T00:00:00Z",
-        encoder=EncoderEntry(
-            name="model", family="model", arch="ViT", params=1, patch=14, resolution=224, layers=1, widths=(1,), strides=(14,),
-            mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), abilities=(), license=None, source="simulated", sha256=weights, notes=(),
-        ),
-        task=TaskEntry(
-            name=task, kind="segmentation", dataset="simulated", options={}, train_split="train", test_split="val",
-            train_fingerprint="", test_fingerprint="", n_train=1, n_test=len(statistics), classes=(),
-        ),
-        protocol=ProtocolEntry(id="linear", hash=settings_hash("linear", 1, {}), settings={}),
-        metric="miou", metrics={"miou": Metric(value=value)}, statistics=None, per_class={}, view="square=224", layers=(1,), norm=True,
-        seeds=(0,), chosen={}, heads=(), cost=Cost(params=1, flops=None, tokens_per_image=1.0, forwards=0), bank=None,
-        seconds={}, peak_memory_mb=0.0,
-        environment=Environment(
-            rice_eval="", git=None, python="", platform="", packages={}, device="cpu", threads=1
-        ),
-    )  # fmt: skip
-    entry = {"file": "-", "kind": "iou", "sha256": "", "images": len(statistics)}
-    record = Record.model_validate({**record.model_dump(), "statistics": entry})
-    return Held(path=Path(f"{weights}-{task}.json"), record=record, held=statistics)
-
-
 def gate_pairs(
     scenes: Scenes, damage: float, repeats: int, tasks: int, policy: Policy, seed: int, images: int = IMAGES
 ) -> tuple[int, list[float]]:
@@ -361,7 +318,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=1000)
     parser.add_argument("--resamples", type=int, default=1000)
-    parser.add_argument("--parts", default="iou,ap,gate,speed", help="some of iou, ap, gate, speed")
+    parser.add_argument("--parts", default="iou,ap,gate,seeds,speed", help="some of iou, ap, gate, seeds, speed")
     parser.add_argument("--output", type=Path, default=None, help="path without suffix; .json and .svg are written")
     options = parser.parse_args()
     parts = options.parts.split(",")
@@ -388,6 +345,10 @@ def main() -> None:
         ]
         for gate in found["gate"]:
             print(gate, flush=True)
+    if "seeds" in parts:
+        found["seeds"] = seeds_promises(options.repeats)
+        for row in found["seeds"]:
+            print(row, flush=True)
     if "speed" in parts:
         found["speed"] = speed()
         print(found["speed"])
