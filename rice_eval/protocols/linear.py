@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -31,9 +31,6 @@ from rice_eval.protocols.segmentation import (
     joined,
     layers_of,
 )
-
-_KEPT_BYTES = 256 << 20
-"""Tokens and histograms kept in memory while heads train."""
 
 __all__ = ["Fitted", "Linear", "LinearTrainPass"]
 
@@ -203,7 +200,6 @@ class _Fitter:
     reader: TokenReader
     classes: int
     device: torch.device
-    _kept: dict[int, tuple[dict[int, Tensor], dict[int, Tensor]]] = field(default_factory=dict)
 
     def group(self, moments: Moments, pairs: Sequence[tuple[float, float]]) -> HeadGroup:
         """A group of heads, one a pair of rate and decay."""
@@ -253,19 +249,11 @@ class _Fitter:
         return {layer: (torch.cat(tokens), torch.cat(counts)) for layer, (tokens, counts) in parts.items()}
 
     def _image(self, index: int, layers: Sequence[int]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """layer -> ``(N, D)`` tokens, and store -> ``(N, C)`` histograms, of one image; kept while there is room."""
-        found = self._kept.get(index)
-        if found is not None and found[0].keys() >= set(layers):
-            return found
+        """layer -> ``(N, D)`` tokens, and store -> ``(N, C)`` histograms, of one image."""
         image = self.reader[index]
         tokens = {layer: joined(image.patches[layer]) for layer in layers}
         stores = {id(self.stores[layer]): self.stores[layer] for layer in layers}
-        targets = {key: store[index].dense(self.classes) for key, store in stores.items()}
-        size = sum(t.nbytes for t in (*tokens.values(), *targets.values()))
-        # Some 250 images of a ViT-S at 448 px; what does not fit is read from the bank at every visit, so memory is bounded.
-        if (len(self._kept) + 1) * size <= _KEPT_BYTES:
-            self._kept[index] = {k: t.clone() for k, t in tokens.items()}, targets
-        return tokens, targets
+        return tokens, {key: store[index].dense(self.classes) for key, store in stores.items()}
 
     def score(self, groups: Mapping[int, HeadGroup], held: Sequence[int]) -> dict[int, Tensor]:
         """layer -> ``(H,)`` mIoU on the held-out images with nearest-neighbour upsampling, in percent."""
