@@ -46,6 +46,7 @@ class RiceEval(lmms):
     """
 
     is_simple = True
+    task_dict: dict[str, Any]
 
     def __init__(
         self,
@@ -83,9 +84,10 @@ class RiceEval(lmms):
             self.system: str | None = told.system
             self.stored, tuned = told.stored, told.tuned
         else:
-            from rice_eval.mllm.checkpoints import load
+            from rice_eval.mllm.parts import load_model
 
-            self.mllm = load(model, dtype=kind, device=str(where))
+            self.mllm = load_model(model, dtype=kind, device=str(where))
+            tuned = tuple(sorted({p for r in self.mllm.tuned for p in r.tuned})) or tuned
             self.system = None
         self.system = system if system is not None else self.system
         if facts:
