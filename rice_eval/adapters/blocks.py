@@ -57,6 +57,10 @@ class ModuleEncoder(Encoder):
         self.device = device
         return self
 
+    def tunable(self) -> nn.Module:
+        """The image tower."""
+        return self.module
+
     def normalise(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` in [0, 1] to the network's input: minus the mean, over the deviation."""
         x = (images.to(self._mean.dtype) - self._mean) / self._std

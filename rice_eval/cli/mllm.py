@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from rice_eval.cli.evaluate import pairs, show_results
+from rice_eval.cli.mllm_train import llava
 from rice_eval.errors import UsageError
 
 __all__ = ["register"]
@@ -27,6 +28,7 @@ def register(app: typer.Typer) -> None:
     group.callback()(evaluate)
     group.command("task")(task)
     group.command("averages")(averages)
+    group.command("llava")(llava)
     app.add_typer(group, name="mllm")
 
 

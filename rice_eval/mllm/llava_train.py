@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,7 @@ def train(
     portion: int = 1,
     save_every: int = 500,
     checkpointing: bool = False,
+    parts: Mapping[str, Any] | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> Progress:
     """Train the parts that ``recipe`` tunes and write them to ``out``; a killed run goes on where it was saved.
@@ -95,6 +96,7 @@ def train(
         portion: entries that go through the model together on one process: memory and speed, not the result.
         save_every: steps between two states.
         checkpointing: forget activations of the language model and compute them again: less memory, more time.
+        parts: ``Parts.facts()`` of a model of registry parts, kept so that ``load_folder`` can build it again.
         on_step: told (steps done, steps in all, loss) after each.
 
     Returns:
@@ -118,6 +120,8 @@ def train(
     if portion < 1 or save_every < 1:
         raise UsageError("portion and save_every are at least 1", "give larger numbers")
     facts = {"recipe": recipe.facts(), "data": data.fingerprint, "entries": len(data), "model": mllm.facts()}
+    if parts is not None:
+        facts["parts"] = dict(parts)
     set_seed(recipe.seed)
     try:
         accelerator = Accelerator(
@@ -164,7 +168,7 @@ def train(
     accelerator.wait_for_everyone()
     mllm.retuned(recipe)
     if accelerator.is_main_process:
-        save_trained(mllm, recipe, out, {**facts, "losses": progress.losses})
+        save_trained(mllm, out, {**facts, "losses": progress.losses})
         for old in _states(out):
             shutil.rmtree(old)
     accelerator.wait_for_everyone()

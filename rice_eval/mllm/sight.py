@@ -48,6 +48,7 @@ class Sight:
         self.encoder, self.norm, self.tiling = encoder, norm, tiling
         self.layers = tuple(encoder.resolve_layers([layer])[0] for layer in layers)
         self.tuned = False
+        self._untuned = ""  # fingerprint of the encoder before any training
         self._kept: OrderedDict[str, Encoded] = OrderedDict()
 
     @property
@@ -68,7 +69,8 @@ class Sight:
     def changed(self, by: str) -> None:
         """The encoder was trained: its fingerprint is another one, its facts say so, and no kept token is its own."""
         facts = self.encoder.facts
-        sha256 = fingerprint_of(self.encoder.tunable().state_dict(), {"before": facts.sha256})
+        self._untuned = self._untuned or facts.sha256
+        sha256 = fingerprint_of(self.encoder.tunable().state_dict(), {"untuned": self._untuned})
         self.encoder.facts = replace(facts, sha256=sha256, notes=(*facts.notes, f"tuned by {by}"))
         self._kept.clear()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,19 @@ from rice_eval.mllm.llava_recipe import Recipe
 from rice_eval.mllm.model import Mllm
 from rice_eval.mllm.projector import Projector
 
-__all__ = ["load_trained", "save_trained"]
+__all__ = ["TOLD", "load_trained", "save_trained"]
 
-_TOLD = "trained.json"
-_FILES = {
-    "tower": "tower.safetensors",
-    "newline": "newline.safetensors",
-    "lm": "lm.safetensors",
-    "lm-lora": "lm.safetensors",
-}
+#: What a finished training says of itself.
+TOLD = "trained.json"
+_FILES = {"tower": "tower.safetensors", "newline": "newline.safetensors", "lm": "lm.safetensors"}
 
 
-def save_trained(mllm: Mllm, recipe: Recipe, folder: Path, facts: dict[str, Any]) -> None:
-    """Write the tuned parts: ``projector.safetensors``, ``tower.safetensors``, ``newline.safetensors``, ``lm.safetensors``
-    (LoRA's maps merged in) as far as they were tuned, and ``trained.json``, which comes last and says what they are.
+def save_trained(mllm: Mllm, folder: Path, facts: dict[str, Any]) -> None:
+    """Write the parts that were ever tuned: ``projector.safetensors``, ``tower.safetensors``, ``newline.safetensors``, ``lm.safetensors``
+    (LoRA's maps merged in), and ``trained.json``, which comes last and says what they are.
 
     Args:
         mllm: after training.
-        recipe: which parts were tuned.
         folder: made where it is not there.
         facts: JSON values to keep beside (recipe, data, losses, the model before).
 
@@ -44,25 +40,30 @@ def save_trained(mllm: Mllm, recipe: Recipe, folder: Path, facts: dict[str, Any]
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if "projector" in recipe.tuned:
+        if "projector" in _tuned(mllm.tuned):
             mllm.projector.save(folder / "projector.safetensors")
-        for part, tensors in _parts(mllm, recipe).items():
+        for part, tensors in _parts(mllm, mllm.tuned).items():
             _write(folder / _FILES[part], save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}))
-        told = {**facts, "tuned": list(recipe.tuned), "recipe_hash": recipe.hash(), "trained": mllm.facts()}
-        _write(folder / _TOLD, json.dumps(told, indent=1, sort_keys=True).encode())
+        told = {**facts, "stages": [r.facts() for r in mllm.tuned], "trained": mllm.facts()}
+        _write(folder / TOLD, json.dumps(told, indent=1, sort_keys=True).encode())
     except OSError as error:
         raise UsageError(f"{folder}: can't be written to ({error.strerror})", "choose another folder") from error
 
 
-def _parts(mllm: Mllm, recipe: Recipe) -> dict[str, dict[str, Tensor]]:
+def _tuned(stages: Sequence[Recipe]) -> set[str]:
+    return {part for recipe in stages for part in recipe.tuned}
+
+
+def _parts(mllm: Mllm, stages: Sequence[Recipe]) -> dict[str, dict[str, Tensor]]:
+    """All tuned tensors but the projector's."""
     out: dict[str, dict[str, Tensor]] = {}
-    if "tower" in recipe.tuned:
+    tuned = _tuned(stages)
+    if "tower" in tuned:
         out["tower"] = dict(mllm.encoder.tunable().state_dict())
-    if "newline" in recipe.tuned and mllm.newline is not None:
+    if "newline" in tuned and mllm.newline is not None:
         out["newline"] = {"image_newline": mllm.newline}
-    for part in ("lm", "lm-lora"):
-        if part in recipe.tuned:
-            out[part] = _untied(mllm)
+    if tuned & {"lm", "lm-lora"}:
+        out["lm"] = _untied(mllm)
     return out
 
 
@@ -85,24 +86,24 @@ def load_trained(mllm: Mllm, folder: Path) -> dict[str, Any]:
         folder: written by ``save_trained``.
 
     Returns:
-        ``trained.json``: recipe, tuned parts, data, losses.
+        ``trained.json``: recipe, stages, data, losses.
 
     Raises:
         CheckpointError: a folder that is not whole, or parts that do not fit this model.
     """
     try:
-        told: dict[str, Any] = json.loads((folder / _TOLD).read_text())
-        recipe = Recipe(**{**told["recipe"], "tuned": tuple(told["tuned"]), "betas": tuple(told["recipe"]["betas"])})
+        told: dict[str, Any] = json.loads((folder / TOLD).read_text())
+        stages = [Recipe(**{**r, "tuned": tuple(r["tuned"]), "betas": tuple(r["betas"])}) for r in told["stages"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{folder}: holds no finished training ({type(error).__name__})", "let the recipe end"
         ) from error
-    if "projector" in recipe.tuned:
+    if "projector" in _tuned(stages):
         mllm.projector = Projector.load(folder / "projector.safetensors", mllm.sight.width, mllm.lm.width).to(
             mllm.device
         )
         mllm.projector.requires_grad_(False)
-    for part, have in _parts(mllm, recipe).items():
+    for part, have in _parts(mllm, stages).items():
         tensors = _read(folder / _FILES[part])
         odd = sorted(set(have) ^ set(tensors)) or [n for n in have if have[n].shape != tensors[n].shape]
         if odd:
@@ -112,7 +113,8 @@ def load_trained(mllm: Mllm, folder: Path) -> dict[str, Any]:
         with torch.no_grad():
             for name, tensor in have.items():
                 tensor.copy_(tensors[name])
-    mllm.retuned(recipe)
+    for recipe in stages:
+        mllm.retuned(recipe)
     return told
 
 

@@ -307,3 +307,41 @@ def test_images_that_can_not_be_opened_are_named(tmp_path):
 def test_recipes_that_can_not_be(change):
     with pytest.raises(UsageError):
         replace(STAGE1, **change)
+
+
+def test_both_stages_from_the_command_line(talks, tmp_path, capsys):
+    from rice_eval.cli.main import main
+    from rice_eval.mllm.parts import load_model
+
+    def run(*arguments: str) -> int:
+        with pytest.raises(SystemExit) as end:
+            main(["mllm", "llava", "--data", str(talks / "talks.json"), "--images", str(talks), *arguments])
+        return int(end.value.code or 0)
+
+    small = ["--set", "bf16=false", "--set", "batch=4"]
+    parts = ["--encoder", "random-vit-s-14", "--lm", "tiny-random", "--side", "28"]
+    first, second = tmp_path / "one", tmp_path / "two"
+    assert run("--stage", "1", *parts, "--out", str(first), *small) == 0
+    assert run("--stage", "2", "--start", str(first), "--out", str(second), *small, "--set", "lr=0.001") == 0
+    assert "step 2 of 2" in capsys.readouterr().out
+    mllm = load_model(second)
+    assert [r.name for r in mllm.tuned] == ["llava-next-stage1", "llava-next-stage2"]
+    assert mllm.tuned[1].lr == 0.001
+    assert mllm.tiling.kind == "anyres"
+    assert load_model(first).tiling.kind == "single"
+    assert mllm.fingerprint() == load_model(second).fingerprint()
+    assert mllm.encoder.fingerprint != load_model(first).encoder.fingerprint
+    assert mllm.generate([Request("What?", (picture(50, 70),))], 3)
+
+    capsys.readouterr()
+    for wrong, match in (
+        (["--stage", "3", *parts], "no such stage"),
+        (["--stage", "1"], "no model is given"),
+        (["--stage", "2", "--start", str(tmp_path)], "no finished training"),
+        (["--stage", "1", *parts, "--set", "rate=3"], "no such field"),
+        (["--stage", "1", *parts, "--set", "batch=many"], "does not fit"),
+    ):
+        assert run("--out", str(tmp_path / "three"), *wrong) == 2
+        said = capsys.readouterr().err
+        assert match in said
+        assert said.strip().count("\n") == 0

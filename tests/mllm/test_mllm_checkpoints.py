@@ -17,6 +17,8 @@ from rice_eval.errors import CheckpointError  # noqa: E402
 from rice_eval.mllm.checkpoints import load  # noqa: E402
 from rice_eval.mllm.conversation import Request  # noqa: E402
 
+FOUR = transformers.__version__.startswith("4.")
+five = pytest.mark.skipif(FOUR, reason="speaks of names and files as transformers 5 writes them")
 SIZES = [(40, 40), (100, 30), (31, 97), (57, 91), (13, 9), (200, 190), (500, 17)]
 PROMPT = "USER: <image>\nWhat is on the table? ASSISTANT:"
 CASES = {
@@ -38,6 +40,8 @@ CASES = {
 @pytest.fixture(scope="module", params=CASES, ids=list(CASES))
 def pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
+    if FOUR and CASES[request.param].get("tower") == "mlcd":
+        pytest.skip("transformers 4 can't read the MLCD configuration it wrote inside another")
     made = write(folder, **CASES[request.param])
     pil = CASES[request.param].get("pil", False)
     processor = processor_of(folder, made, pil)
@@ -65,6 +69,7 @@ def test_greedy_answers_are_those_of_transformers_batched_and_not(pair):
     want = []
     for image, prompt in zip(images, prompts):
         inputs = processor(images=image, text=prompt, return_tensors="pt")
+        inputs.pop("token_type_ids", None)
         said = reference.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs.input_ids.shape[1] :]
         want.append(said.tolist())
     requests = [Request(p, (i,), raw=True) for p, i in zip(prompts, images)]
@@ -145,6 +150,7 @@ def _change(folder: Path, change) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+@five
 @pytest.mark.parametrize(
     "key",
     [
@@ -188,6 +194,7 @@ def test_nan_is_refused(next_folder):
         load(next_folder)
 
 
+@five
 @pytest.mark.parametrize(
     ("file", "change", "match"),
     [
@@ -228,6 +235,7 @@ def test_weights_keep_their_type_unless_told(tmp_path):
     assert ours.generate([Request("What?", (picture(50, 70),))], 4)
 
 
+@five
 def test_names_of_transformers_4_and_of_the_module_itself_load_too(next_folder):
     want = load(next_folder)
     image = picture(77, 40)
