@@ -6,11 +6,14 @@ Cut-outs of fifteen classes and signs with text, on photos; the sprites, backgro
 
 from __future__ import annotations
 
+import dataclasses
+import mmap
+import tempfile
 import threading
-from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,28 +51,46 @@ _CACHE_BYTES = 256 << 20  # some 1,200 renderings of 224 px
 
 
 class _Cache:
-    """The latest renderings of this process, within a number of bytes; safe between threads."""
+    """The latest renderings of this process, in an unnamed temporary file; safe between threads.
+
+    Mapped from a file, they count as page cache: memory stays flat however many scenes are used. Once the file has reached its
+    limit a new one is begun; arrays that are still in use keep the old one's pages. Where nothing can be written, every call renders.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit, self._held = limit, 0
-        self._scenes: OrderedDict[tuple[int, str, int, int], Scene] = OrderedDict()
+        self._file: IO[bytes] | None = None
+        self._scenes: dict[tuple[int, str, int, int], Scene] = {}
         self._lock = threading.Lock()
 
     def get(self, seed: int, split: str, index: int, size: int) -> Scene:
         key = (seed, split, index, size)
         with self._lock:
             if key in self._scenes:
-                self._scenes.move_to_end(key)
                 return self._scenes[key]
         scene = render(seed, split, index, size)
         with self._lock:
             if key not in self._scenes:
-                self._scenes[key] = scene
-                self._held += scene.image.nbytes + scene.owner.nbytes
-            while self._held > self._limit:
-                _, old = self._scenes.popitem(last=False)
-                self._held -= old.image.nbytes + old.owner.nbytes
+                with suppress(OSError):
+                    self._scenes[key] = self._mapped(scene)
         return scene
+
+    def _mapped(self, scene: Scene) -> Scene:
+        if self._file is None or self._held > self._limit:
+            if self._file is not None:
+                self._file.close()
+            self._scenes.clear()
+            self._file, self._held = tempfile.TemporaryFile(prefix="rice-eval-scenes-"), 0  # noqa: SIM115 (closed above)
+        start = self._held
+        # Written first, then mapped: a full disk is an error here, not a signal at the first touch.
+        self._file.seek(start)
+        length = self._file.write(scene.image.tobytes() + scene.owner.tobytes())
+        self._file.flush()
+        pages = mmap.mmap(self._file.fileno(), length, access=mmap.ACCESS_READ, offset=start)
+        self._held += -(-length // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        image = np.frombuffer(pages, np.uint8, scene.image.size).reshape(scene.image.shape)
+        owner = np.frombuffer(pages, np.uint8, scene.owner.size, scene.image.size).reshape(scene.owner.shape)
+        return dataclasses.replace(scene, image=image, owner=owner)
 
 
 _cache = _Cache(_CACHE_BYTES)

@@ -408,3 +408,24 @@ def test_factory_and_refusals() -> None:
 def test_import_is_light() -> None:
     code = "import sys, rice_eval.datasets.scenes_write; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_kept_renderings_are_the_rendering_and_a_full_disk_only_costs_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rice_eval.datasets import scenes
+    from rice_eval.datasets.scenes_render import render
+
+    cache = scenes._Cache(limit=20_000)
+    held = []
+    for index in (0, 1, 2, 0, 1, 2):  # 64 px: 16 KB a scene, so that the file is begun anew on the way
+        scene, fresh = cache.get(0, "train", index, 64), render(0, "train", index, 64)
+        held.append((scene, fresh))
+    for scene, fresh in held:
+        np.testing.assert_array_equal(scene.image, fresh.image)
+        np.testing.assert_array_equal(scene.owner, fresh.owner)
+
+    def full(**_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(scenes.tempfile, "TemporaryFile", full)
+    bare = scenes._Cache(limit=60_000)
+    np.testing.assert_array_equal(bare.get(0, "train", 3, 64).image, render(0, "train", 3, 64).image)
