@@ -14,14 +14,22 @@ from typing import Any
 import pytest
 import yaml
 
-from rice_eval.results.gate import Policy
+from rice_eval.results.policy import Policy
+from rice_eval.results.store import ResultStore, read_records
 
 TEXT = (Path(__file__).parents[2] / "docs" / "ci.md").read_text(encoding="utf-8")
 INPUTS = {
+    "rice_eval": "file:///no/such/place/rice-eval",
     "encoder": "rgb-moments",
     "baseline": "baseline",
     "options": "-p gram-lda --limit-train 16 --limit-test 12 --no-report --workers 0",
 }
+
+
+def bash_block(name: str) -> str:
+    found = re.search(rf"<!-- test: {name} -->\n```bash\n(.*?)```", TEXT, re.DOTALL)
+    assert found is not None
+    return found[1]
 
 
 def block(name: str) -> Any:
@@ -56,6 +64,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.parametrize(
+    "source",
+    ["git+https://git.example.com/OWNER/rice-eval@v0.1.0", "file:///opt/rice-eval", "git+file:///opt/rice-eval"],
+)
+def test_the_templates_install_from_where_they_are_told(tmp_path: Path, source: str) -> None:
+    """pip is a script that notes what it was asked for: one requirement, with the extra, at the place named."""
+    from packaging.requirements import Requirement
+
+    (tmp_path / "pip").write_text('#!/bin/sh\nprintf "%s\\n" "$@" >> "$NOTES"\n')
+    (tmp_path / "pip").chmod(0o755)
+    (github,) = [s["run"] for s in block("github")["jobs"]["gate"]["steps"] if s.get("name") == "Install"]
+    (gitlab,) = block("gitlab")[".rice-eval-gate"]["before_script"]
+    for number, script in enumerate((bash_block("install"), github, gitlab)):
+        notes = tmp_path / f"notes-{number}"
+        variables = {"RICE_EVAL": source, "NOTES": str(notes), "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+        done = subprocess.run(["bash", "-eo", "pipefail", "-c", script], env=variables, check=False)
+        assert done.returncode == 0
+        verb, asked = notes.read_text().splitlines()
+        assert verb == "install"
+        requirement = Requirement(asked)
+        assert (requirement.name, requirement.extras, requirement.url) == ("rice-eval", {"demo"}, source)
+    assert subprocess.run(
+        ["bash", "-c", gitlab], env={**variables, "RICE_EVAL": ""}, capture_output=True, check=False
+    ).returncode
+
+
 def test_github(folder: Path) -> None:
     workflow = block("github")
     inputs = workflow[True]["workflow_call"]["inputs"]  # YAML 1.1 reads the key "on" as true
@@ -76,6 +110,18 @@ def test_github(folder: Path) -> None:
     assert ElementTree.parse(folder / "gate.xml").getroot().get("failures") == "0"
     assert json.loads((folder / "gate.json").read_text())["counts"]["pass"] == 1
     assert list((folder / "moved").glob("*.png"))
+    moved = next(step["run"] for step in job["steps"] if step.get("name") == "What moved")
+    for name, encoders in (("several", ("rgb-moments", "other")), ("alone", ("other",))):
+        # Of several encoders the candidate's is asked for; a single one is compared whatever it is called.
+        (entry,) = read_records([folder / "baseline"])
+        for encoder in encoders:
+            record = entry.record.model_copy(
+                update={"encoder": entry.record.encoder.model_copy(update={"name": encoder})}
+            )
+            ResultStore(folder / name).save(record, entry.statistics())
+        done = bash(moved, folder, {**variables, "BASELINE": name})
+        assert done.returncode == 0, done.stderr
+        assert ("rgb-moments against other" in done.stdout) == (name == "alone"), done.stdout
 
 
 def test_gitlab(folder: Path) -> None:
