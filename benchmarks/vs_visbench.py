@@ -39,7 +39,7 @@ ORDER = (
 LIMITS = {"cold": 0.55, "warm": 0.10, "bytes": 0.10}
 
 
-def make_folder(coco: Path, out: Path, size: int) -> None:
+def make_folder(coco: Path, out: Path, size: int, limits: dict[str, int | None]) -> None:
     """``images/{split}``, ``masks/{split}`` (255 where unlabelled) and ``names.txt``, all of ``size`` x ``size``."""
     from PIL import Image
 
@@ -52,7 +52,7 @@ def make_folder(coco: Path, out: Path, size: int) -> None:
         dataset = load_dataset("coco-panoptic", name, coco, {"classes": "super"})
         for kind in ("images", "masks"):
             (out / kind / split).mkdir(parents=True)
-        for index in range(len(dataset)):
+        for index in range(len(dataset))[: limits[split]]:
             ((window, frame),) = view.apply(dataset.image(index))
             mask = frame.mask(dataset.semantic(index), IGNORE)
             stem = f"{index:05d}.png"
@@ -139,13 +139,20 @@ def disk_bytes(folder: Path) -> int:
 def compare(given: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     threads = os.environ.get("OMP_NUM_THREADS", "default")
-    setting = {"size": given.size, "epochs": given.epochs, "cpus": os.cpu_count(), "threads": threads}
+    setting = {
+        "size": given.size,
+        "epochs": given.epochs,
+        "cpus": os.cpu_count(),
+        "threads": threads,
+        "train": given.limit_train,
+        "val": given.limit_val,
+    }
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        make_folder(given.coco, root / "data", given.size)
+        make_folder(given.coco, root / "data", given.size, {"train": given.limit_train, "val": given.limit_val})
         for number in range(given.rounds):
             seed = number
-            for side, heat in ORDER:
+            for side, heat in [pair for pair in ORDER if pair[0] in given.sides.split(",")]:
                 work = root / f"{side}-{number}"
                 work.mkdir(exist_ok=True)
                 report = root / "report.json"
@@ -176,7 +183,7 @@ def summary(found: dict[str, Any]) -> str:
         return statistics.median(r[what] for r in found["rows"] if r["side"] == side and r["heat"] == heat)
 
     lines = ["| | cold, s | warm, s | CPU cold, s | CPU warm, s | peak, MB | on disk, MB | mIoU |", "|---" * 8 + "|"]
-    for side in ("theirs", "ours-pixel", "ours-token"):
+    for side in dict.fromkeys(r["side"] for r in found["rows"]):
         miou = [r["miou"] for r in found["rows"] if r["side"] == side and r["heat"] == "cold"]
         spread = f" ({min(miou):.1f} to {max(miou):.1f})" if len(miou) > 1 else ""
         cells = []
@@ -197,6 +204,9 @@ def main() -> None:
     parser.add_argument("--visbench-python", type=Path, help="python of an environment with VisBench")
     parser.add_argument("--size", type=int, default=448)
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--limit-train", type=int, help="first training images alone, for a quick look")
+    parser.add_argument("--limit-val", type=int, help="first test images alone")
+    parser.add_argument("--sides", default="ours-token,theirs,ours-pixel", help="which of them run")
     parser.add_argument("--rounds", type=int, default=1, help="cold and warm runs of each side, a seed each")
     parser.add_argument("--out", type=Path)
     for name in ("--side", "--data", "--work", "--report"):  # of one run, given by this script to itself

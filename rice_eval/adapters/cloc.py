@@ -22,6 +22,7 @@ from rice_eval.adapters.checkpoints import Checkpoint, compare, few, open_checkp
 from rice_eval.adapters.cloc_model import ClocConfig, ClocModel
 from rice_eval.adapters.hub import locate
 from rice_eval.adapters.layouts import count_blocks
+from rice_eval.adapters.patch_text import cloc_patches
 from rice_eval.adapters.preprocessing import mean_and_std
 from rice_eval.adapters.text import Words
 from rice_eval.adapters.tower import fill, parameters_on_meta, shapes_of, unit
@@ -265,6 +266,12 @@ class ClocEncoder(Encoder):
         tokens = self.encode(images, layers=(-1,), norm=True).last
         with torch.inference_mode():
             return unit(self._model.image.projection(self._model.image.pool(tokens)))
+
+    def embed_patches(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """See ``EmbedsPatches``: what the pooling gives for each patch alone."""
+        found = self.encode(images, layers=(-1,), norm=True)
+        with torch.inference_mode():
+            return unit(cloc_patches(found.last, self._model.image)), found.grids[self.facts.layers]
 
     def embed_text(self, texts: list[str]) -> Tensor:
         """``(len(texts), E)`` L2-normalised; texts are lowered, as in the paper.

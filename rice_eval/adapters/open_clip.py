@@ -29,6 +29,7 @@ from rice_eval.adapters.blocks import (
     split_tokens,
 )
 from rice_eval.adapters.network import cache_only_when_unreachable, why_not
+from rice_eval.adapters.patch_text import map_patches, native_patches, trunk_patches
 from rice_eval.adapters.timm import gives_tokens, prefix_of, stored_grid
 from rice_eval.errors import CardError, CheckpointError, MissingExtraError, NotFoundError, PlanError, UsageError
 from rice_eval.registry import did_you_mean
@@ -129,6 +130,29 @@ class OpenClipEncoder(ModuleEncoder):
             raise PlanError(f"encoder '{self.name}' embeds images of {side} x {side} px only", f"use square={side}")
         pooled = self._run("forward", self.normalise(images.to(self.device)))
         return F.normalize(pooled[0] if isinstance(pooled, tuple) else pooled, dim=-1)
+
+    @torch.inference_mode()
+    def embed_patches(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """See ``EmbedsPatches`` and ``rice_eval.adapters.patch_text``.
+
+        Raises:
+            PlanError: a tower of one block, or one that mixes places after its last attention (a trunk without attention pooling).
+        """
+        last, visual = self.facts.layers, self._visual
+        trunk = getattr(visual, "trunk", None)
+        if self._native and last > 1:
+            found = self.encode(images, (last - 1,), norm=False)
+            return F.normalize(native_patches(found.last, visual), dim=-1), found.grids[last - 1]
+        if trunk is not None and not self._maps and getattr(trunk, "attn_pool", None) is not None:
+            found = self.encode(images, (last,), norm=True)
+            return F.normalize(trunk_patches(found.last, visual), dim=-1), found.grids[last]
+        if trunk is None and self._maps and hasattr(visual, "attnpool"):
+            found = self.encode(images, (last,), norm=False)
+            return F.normalize(map_patches(found.last, visual.attnpool), dim=-1), found.grids[last]
+        raise PlanError(
+            f"encoder '{self.name}' has no last attention that a patch could pass alone",
+            "choose a CLIP or SigLIP model",
+        )
 
     @torch.inference_mode()
     def embed_text(self, texts: list[str]) -> Tensor:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rice_eval.adapters import load_encoder
-from rice_eval.adapters.base import EmbedsImage, EmbedsText
+from rice_eval.adapters.base import EmbedsImage, EmbedsPatches, EmbedsText
 from rice_eval.adapters.blocks import WithoutDraws
 from rice_eval.adapters.open_clip import OpenClipEncoder
 from rice_eval.cards import catalogue
@@ -40,6 +40,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "embed_dim": 64,
         "custom_text": True,
         "vision_cfg": {"timm_model_name": "test_vit", "timm_model_pretrained": False, "timm_pool": "token", "timm_proj": "linear", "image_size": 160},
+        "text_cfg": TEXT,
+    },
+    "tiny-timm-map": {
+        "embed_dim": 64,
+        "custom_text": True,
+        "vision_cfg": {"timm_model_name": "test_vit3", "timm_model_pretrained": False, "timm_pool": "map", "timm_proj": "linear", "image_size": 160},
         "text_cfg": TEXT,
     },
     "tiny-timm-cnn": {
@@ -267,3 +273,55 @@ def test_every_card_agrees_with_open_clip(name: str) -> None:
             config["embed_dim"], config["vision_cfg"], bool(config.get("quick_gelu"))
         )
     assert card.params == sum(p.numel() for p in visual.parameters())
+
+
+@pytest.mark.parametrize("name", ["tiny-vit", "tiny-vit-quickgelu", "tiny-vit-gap", "tiny-pooled"])
+@torch.inference_mode()
+def test_patches_in_the_text_space_are_the_last_block_with_each_alone(name: str, tmp_path: Path) -> None:
+    model, encoder = _loaded(name, tmp_path)
+    assert isinstance(encoder, EmbedsPatches)
+    images = torch.rand(2, 3, 64, 64)
+    found, grid = encoder.embed_patches(images)
+    assert grid == (4, 4)
+    visual, x = model.visual, _normalised(encoder, images)
+    out = visual.forward_intermediates(
+        x, indices=[1], intermediates_only=True, output_fmt="NLC", output_extra_tokens=True
+    )
+    sequence = torch.cat([out["image_intermediates_prefix"][0], out["image_intermediates"][0]], dim=1)
+    alone = torch.full((17, 17), float("-inf")).fill_diagonal_(0)
+    patches = visual.transformer.resblocks[2](sequence, attn_mask=alone)[:, 1:]
+    if visual.attn_pool is not None:
+        pool = visual.attn_pool.attn
+        keys = visual.attn_pool.ln_k(patches)
+        weight, bias = (pool.v_proj_weight, pool.in_proj_bias.chunk(3)[2])
+        weight = pool.in_proj_weight.chunk(3)[2] if weight is None else weight
+        patches = pool.out_proj(torch.nn.functional.linear(keys, weight, bias))
+    expected = visual.ln_post(patches) @ visual.proj
+    torch.testing.assert_close(found, torch.nn.functional.normalize(expected, dim=-1), atol=1e-5, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_patches_of_a_trunk_that_pools_by_attention_and_of_a_resnet(tmp_path: Path) -> None:
+    model, encoder = _loaded("tiny-timm-map", tmp_path)
+    images = torch.rand(2, 3, 160, 160)
+    found, grid = encoder.embed_patches(images)
+    trunk = model.visual.trunk
+    features = trunk.forward_features(_normalised(encoder, images))[:, trunk.num_prefix_tokens :]
+    pool = trunk.attn_pool
+    values = pool.kv(features).chunk(2, dim=-1)[1]
+    pooled = pool.proj(values)
+    pooled = pooled + pool.mlp(pool.norm(pooled))
+    expected = model.visual.head(trunk.fc_norm(pooled))
+    assert found.shape[1] == grid[0] * grid[1] == features.shape[1]
+    torch.testing.assert_close(found, torch.nn.functional.normalize(expected, dim=-1), atol=1e-5, rtol=1e-4)
+
+    model, encoder = _loaded("tiny-resnet", tmp_path)
+    images = torch.rand(1, 3, 64, 64)
+    found, grid = encoder.embed_patches(images)
+    pool = model.visual.attnpool
+    last = encoder.encode(images, (5,)).patches[5]
+    expected = pool.c_proj(pool.v_proj(last))
+    torch.testing.assert_close(found, torch.nn.functional.normalize(expected, dim=-1), atol=1e-5, rtol=1e-4)
+    _, encoder = _loaded("tiny-timm", tmp_path)
+    with pytest.raises(PlanError, match="no last attention"):
+        encoder.embed_patches(torch.rand(1, 3, 160, 160))

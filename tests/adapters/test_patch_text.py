@@ -52,3 +52,29 @@ def test_siglip_of_one_patch_is_the_image(tmp_path: Path):
     found, grid = encoder.embed_patches(one)
     assert grid == (1, 1)
     torch.testing.assert_close(found[:, 0].clone(), encoder.embed_image(one).clone(), atol=1e-5, rtol=1e-4)
+
+
+def test_cloc_of_one_patch_is_the_image(tmp_path: Path):
+    from rice_eval.adapters.cloc import ClocEncoder, save
+    from rice_eval.adapters.cloc_model import ClocConfig, ClocModel
+
+    config = ClocConfig(
+        image_size=32, patch_size=8, width=16, depth=2, heads=2, mlp=32, embed_dim=12, text_width=16, text_depth=1,
+        text_heads=2, text_mlp=32, vocab_size=20, prompter_mlp=16, grounding_hidden=16, eos_id=2,
+    )  # fmt: skip
+    model = randomise(ClocModel(config)).eval()
+    save(model, tmp_path)
+    save_tokenizer(tmp_path)
+    encoder = load_encoder("cloc-vit-b-16-224", weights=tmp_path)
+    assert isinstance(encoder, ClocEncoder)
+    assert isinstance(encoder, EmbedsPatches)
+    one = images(8, 8)
+    found, grid = encoder.embed_patches(one)
+    assert grid == (1, 1)
+    torch.testing.assert_close(found[:, 0].clone(), encoder.embed_image(one).clone(), atol=1e-5, rtol=1e-4)
+    found, grid = encoder.embed_patches(images(32, 16))
+    assert grid == (4, 2)
+    tokens = encoder.encode(images(32, 16), (2,)).last
+    with torch.no_grad():
+        alone = [model.image.projection(model.image.pool(tokens[:, k : k + 1])) for k in range(8)]
+    torch.testing.assert_close(found.clone(), F.normalize(torch.stack(alone, 1), dim=-1), atol=1e-5, rtol=1e-4)
