@@ -12,6 +12,7 @@ import numpy as np
 
 from rice_eval.datasets.roboflow import categories, survey
 from rice_eval.errors import DataError, PlanError
+from rice_eval.results.store import write_output
 from rice_eval.run import Result, evaluate
 
 __all__ = ["Suite", "category_means", "run_roboflow100"]
@@ -46,10 +47,7 @@ class Suite:
         scores = [{"encoder": e, "protocol": p, "sets": sets} for (e, p), sets in self.scores.items()]
         facts = {"means": self.rows(), "scores": scores, "broken": self.broken, "absent": self.absent}
         text = json.dumps(facts, indent=2, sort_keys=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".part")
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_output(path, f"{text}\n".encode())
         return path
 
 
