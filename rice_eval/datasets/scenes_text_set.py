@@ -164,6 +164,13 @@ def _cached(seed: int, split: str, index: int, size: int) -> _Page:
     return _page(seed, split, index, size)
 
 
+@lru_cache(maxsize=4096)
+def _written(seed: int, split: str, index: int, size: int) -> tuple[tuple[TextLine, ...], tuple[LineFacts, ...]]:
+    """What a page says: scorers ask for it long after its pixels were let go."""
+    page = _cached(seed, split, index, size)
+    return page.lines, page.facts
+
+
 class ScenesText(Dataset):
     """One split, drawn on demand; page ``i`` depends on (seed, split, i, size) alone, never on ``n``.
 
@@ -194,10 +201,13 @@ class ScenesText(Dataset):
         facts = {"dataset": self.name, "generator": GENERATOR, "assets": pack().fingerprint, "seed": self.seed}
         return files_fingerprint([], {**facts, "split": self.split, "n": self.n, "size": self.side})
 
-    def _at(self, index: int) -> _Page:
+    def _key(self, index: int) -> tuple[int, str, int, int]:
         if not 0 <= index < self.n:
             raise IndexError(f"page {index} of {self.n}")
-        return _cached(self.seed, self.split, index, self.side)
+        return self.seed, self.split, index, self.side
+
+    def _say(self, index: int) -> tuple[tuple[TextLine, ...], tuple[LineFacts, ...]]:
+        return _written(*self._key(index))
 
     def image_id(self, index: int) -> str:
         """The index in six digits."""
@@ -209,15 +219,15 @@ class ScenesText(Dataset):
 
     def image(self, index: int) -> Bytes:
         """``(S, S, 3)`` uint8 RGB."""
-        return self._at(index).image.copy()
+        return _cached(*self._key(index)).image.copy()
 
     def text(self, index: int) -> tuple[TextLine, ...]:
         """The lines, each with the polygon of its ink; all are legible by construction, however hard to read."""
-        return self._at(index).lines
+        return self._say(index)[0]
 
     def line_facts(self, index: int) -> tuple[LineFacts, ...]:
         """How each line of ``text`` was drawn."""
-        return self._at(index).facts
+        return self._say(index)[1]
 
 
 class ScenesTextOptions(DatasetOptions):
