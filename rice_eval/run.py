@@ -24,6 +24,7 @@ from rice_eval.pictures import save_pictures, save_predictions, token_maps
 from rice_eval.plan import EncoderRef, Job, Plan, TaskRef, make_plan, parse_encoder, task_for_dataset
 from rice_eval.progress import Reporter, progress
 from rice_eval.protocols.base import Context, Outcome
+from rice_eval.report.panel_files import panels_folder, save_analysis
 from rice_eval.results.bootstrap import KIND as INTERVAL_KIND
 from rice_eval.results.bootstrap import intervals
 from rice_eval.results.entries import class_entries, metric_entries
@@ -450,6 +451,8 @@ def _run_job(
         reader = tokens("test", job.protocol.view).reader()
         maps = token_maps(reader, outcome.layers[-1], [panel.index for panel in outcome.panels])
     save_pictures(path, outcome.panels, test, maps, job.task.card.kind)
+    if outcome.analysis is not None:
+        save_analysis(panels_folder(path), outcome.analysis)
     return Result(store.load(path), path)
 
 

@@ -211,6 +211,25 @@ class ApStatistics(Statistics):
                 "ap50": {c: 100.0 * float(v) for c, v in zip(self.classes, table[:, 0])},
             }
 
+    def curves(self) -> NDArray[np.float64]:
+        """``(T, 101)`` interpolated precision at the 101 recalls, the mean over the classes that have targets, for each threshold.
+
+        The mean of row 0 is ``ap50`` as a fraction.
+        """
+        wanted = self._wanted(np.ones((1, len(self))), 0)[0]
+        total, classes = np.zeros((len(IOU_THRESHOLDS), len(RECALLS))), int((wanted > 0).sum())
+        for k, part in self._slices():
+            if not wanted[k]:
+                continue
+            keep = np.flatnonzero(self.detection_rank[part] < MAX_DETECTIONS[self.rule][-1]) + part.start
+            tp = np.cumsum(self._flag(keep, 0, True), axis=0, dtype=np.float64)
+            fp = np.cumsum(self._flag(keep, 0, False), axis=0, dtype=np.float64)
+            precision = np.maximum.accumulate((tp / (tp + fp + _EPS))[::-1], axis=0)[::-1]
+            for t in range(len(IOU_THRESHOLDS)):
+                place = np.searchsorted(tp[:, t] / wanted[k], RECALLS, side="left")
+                total[t, place < len(keep)] += precision[place[place < len(keep)], t]
+        return total / max(1, classes)
+
     def _slices(self) -> list[tuple[int, slice]]:
         edges = np.searchsorted(self.detection_class, np.arange(len(self.classes) + 1))
         return [(k, slice(int(edges[k]), int(edges[k + 1]))) for k in range(len(self.classes))]

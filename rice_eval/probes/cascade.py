@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection import _utils as det_utils
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
@@ -108,7 +107,7 @@ class CascadeRcnn(nn.Module):
             dict.fromkeys(("training", "testing"), settings.proposals), 0.7,
         )  # fmt: skip
         self.pool = MultiScaleRoIAlign(names, 7, 2)
-        self.heads = nn.ModuleList(TwoMLPHead(channels * 49, settings.hidden) for _ in settings.ious)
+        self.heads = nn.ModuleList(_box_head(channels * 49, settings.hidden) for _ in settings.ious)
         self.classes = nn.ModuleList(nn.Linear(settings.hidden, settings.classes + 1) for _ in settings.ious)
         self.boxes = nn.ModuleList(nn.Linear(settings.hidden, 4) for _ in settings.ious)
         self.coders = [det_utils.BoxCoder(CODER[k]) for k in range(len(settings.ious))]
@@ -240,6 +239,14 @@ class CascadeRcnn(nn.Module):
                 logits = self._mask_logits(levels, padded, [found[row]])
                 masks = logits[torch.arange(len(row)), label].sigmoid()
         return Instance(found[row], scores[row, label], label, masks)
+
+
+def _box_head(inputs: int, hidden: int) -> nn.Sequential:
+    """Two layers on a flattened RoI, each with a layer norm (ViTDet norms its heads too): one rate then suits encoders of any width."""
+    layers: list[nn.Module] = [nn.Flatten(1)]
+    for width in (inputs, hidden):
+        layers += [nn.Linear(width, hidden, bias=False), nn.LayerNorm(hidden), nn.ReLU()]
+    return nn.Sequential(*layers)
 
 
 def _match(boxes: Tensor, wanted: Wanted, iou: float, background: int) -> tuple[Tensor, Tensor]:

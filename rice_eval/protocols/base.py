@@ -60,6 +60,7 @@ class Outcome:
         judge: fields of a record's ``JudgeEntry``; None where no model answers questions.
         losses: training loss, ``(last step, mean)`` a window of steps.
         files: kept beside the record: name -> bytes.
+        analysis: plain JSON values that the report draws beside the pictures, of the protocol's kind.
     """
 
     statistics: Statistics
@@ -71,6 +72,7 @@ class Outcome:
     warnings: tuple[str, ...] = ()
     predictions: Mapping[str, Any] | None = None
     forwards: int = 0
+    analysis: Mapping[str, Any] | None = None
     judge: Mapping[str, Any] | None = None
     losses: tuple[tuple[float, float], ...] = ()
     files: Mapping[str, bytes] = field(default_factory=dict)

@@ -51,6 +51,8 @@ class _TwoStage(DetectionProtocol):
         clip_norm: gradients are cut to this norm.
     """
 
+    version: ClassVar[int] = 2
+
     scales: tuple[float, ...] = (4.0, 2.0, 1.0, 0.5, 0.25)
     hidden: int = 1024
     mask_channels: int = 256
@@ -59,7 +61,7 @@ class _TwoStage(DetectionProtocol):
     samples: int = 256
     proposals: int = 500
     nms_iou: float = 0.5
-    lr: float = 3e-4
+    lr: float = 1e-3
     wd: float = 0.05
     clip_norm: float = 1.0
 
@@ -113,6 +115,7 @@ class _TwoStage(DetectionProtocol):
             panels=tuple(scorer.panels),
             warnings=(*self.notes(), *scorer.warnings(), *log.warnings()),
             predictions=scorer.predictions,
+            analysis=scorer.analysis(),
         )
 
     def _model(self, context: Context, moments: Moments) -> CascadeRcnn:

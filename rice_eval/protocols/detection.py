@@ -18,6 +18,7 @@ from rice_eval.datasets.detection import Lvis
 from rice_eval.datasets.subset import Subset
 from rice_eval.errors import DataError
 from rice_eval.metrics.coco import MAX_DETECTIONS, ApStatistics, Found, Truth, ap_statistics
+from rice_eval.metrics.detection_analysis import analysis_of
 from rice_eval.probes.linear import Moments
 from rice_eval.protocols.base import Context, Panel, Protocol
 from rice_eval.views import Frame, View
@@ -281,6 +282,10 @@ class BoxScorer:
     def statistics(self, kind: Literal["bbox", "segm"] = "bbox") -> ApStatistics:
         """The statistics of all images so far."""
         return ap_statistics(self._ids, self.truth, self.found, self._dataset.things, kind, self.rule, self._frequency)
+
+    def analysis(self) -> dict[str, Any]:
+        """What the report draws of all boxes so far; by COCO's rule, whatever the set's."""
+        return analysis_of(self.truth, self.found, self.statistics())
 
     def warnings(self) -> tuple[str, ...]:
         """Classes that no test image has, in one line."""

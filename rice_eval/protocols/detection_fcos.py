@@ -149,7 +149,7 @@ class FcosLinear(_Fcos):
 
     layer_set: LayerSet = "quarters"
     min_stride: int = 8
-    lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    lrs: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
     wds: tuple[float, ...] = (1e-2,)
 
     def __post_init__(self) -> None:
@@ -200,6 +200,7 @@ class FcosLinear(_Fcos):
             panels=tuple(scorer.panels),
             warnings=(*scorer.warnings(), *log.warnings(), *self.missed(train, layer, indices)),
             predictions=scorer.predictions,
+            analysis=scorer.analysis(),
         )
 
     def _fit(
@@ -264,6 +265,7 @@ class FcosSfp(_Fcos):
     """
 
     id: ClassVar[str] = "fcos-sfp"
+    version: ClassVar[int] = 2
 
     scales: tuple[float, ...] = (4.0, 2.0, 1.0, 0.5)
     channels: int = 128
@@ -315,6 +317,7 @@ class FcosSfp(_Fcos):
             panels=tuple(scorer.panels),
             warnings=(*scorer.warnings(), *log.warnings(), *self.missed(train, layer, indices)),
             predictions=scorer.predictions,
+            analysis=scorer.analysis(),
         )
 
     def _fit(

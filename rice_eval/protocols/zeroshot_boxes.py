@@ -80,6 +80,7 @@ class ZeroShotBoxes(CandidateProtocol):
             panels=tuple(scorer.panels),
             warnings=(*scorer.warnings(), *placed.warnings()),
             predictions=scorer.predictions,
+            analysis=scorer.analysis(),
             forwards=placed.forwards,
         )
 

@@ -11,7 +11,7 @@ from typing import Any
 from rice_eval import __version__
 from rice_eval.metrics.statistics import METRICS
 from rice_eval.report.boards import first_record, row_metrics, sorted_boards
-from rice_eval.report.panel_files import StoredPanel, load_panels, panels_folder
+from rice_eval.report.panel_files import StoredPanel, load_analysis, load_panels, panels_folder
 from rice_eval.results.curves import curve_metric, spans
 from rice_eval.results.leaderboard import Board, Leaderboard, Row
 from rice_eval.results.published import Reference, references_of
@@ -198,6 +198,7 @@ def _detail(page: _Page, board: Plain, row: Row) -> Plain:
         "seeds": [list(stored.record.seeds) for stored in row.records],
         "values": [_short(stored.record.headline.value) for stored in row.records],
         "created": record.created,
+        "analysis": load_analysis(panels_folder(path)),
         "file": path.name,
         "sha256": record.sha256[:16],
         "skipped": list(record.skipped),

@@ -29,6 +29,7 @@ _SCRIPTS = (
     "charts.js",
     "plots.js",
     "classes.js",
+    "detection.js",
     "pictures.js",
     "cards.js",
     "app.js",
@@ -58,7 +59,7 @@ def write_report(
         ``out``.
 
     Raises:
-        RecordError: damaged panels, or two records of one run with different contents.
+        RecordError: damaged panels, or two records of one run with different results.
         UsageError: ``out`` can't be written.
     """
     page = render(records, title, published=published, detail_bytes=detail_bytes, picture_bytes=picture_bytes)

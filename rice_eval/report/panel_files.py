@@ -16,9 +16,9 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image as Pil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -26,8 +26,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rice_eval.errors import RecordError
 from rice_eval.report.panels import PanelPicture, Role, Tile
 
-__all__ = ["INDEX", "StoredPanel", "StoredTile", "load_panels", "panels_folder", "save_panels"]
+__all__ = [
+    "ANALYSIS",
+    "INDEX",
+    "StoredPanel",
+    "StoredTile",
+    "load_analysis",
+    "load_panels",
+    "panels_folder",
+    "save_analysis",
+    "save_panels",
+]
 
+ANALYSIS = "analysis.jsonl"
 INDEX = "index.jsonl"
 
 
@@ -139,6 +150,43 @@ def load_panels(folder: Path) -> list[StoredPanel]:
             tiles.append(tile.model_copy(update={"data": data}))
         loaded.append(panel.model_copy(update={"tiles": tuple(tiles)}))
     return loaded
+
+
+def save_analysis(folder: Path, analysis: Mapping[str, Any]) -> Path:
+    """Write ``analysis.jsonl`` into a folder of panels: one line, its sha256 and plain JSON values. Call it after ``save_panels``.
+
+    Raises:
+        RecordError: the folder can't be written.
+    """
+    text = json.dumps(analysis, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    line = json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "analysis": text})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f".{ANALYSIS}.{os.getpid()}.tmp"
+        partial.write_text(line + "\n", encoding="utf-8")
+        os.replace(partial, folder / ANALYSIS)
+    except OSError as error:
+        raise RecordError(f"{folder}: can't be written ({error.strerror or error})", "give another folder") from error
+    return folder / ANALYSIS
+
+
+def load_analysis(folder: Path) -> dict[str, Any] | None:
+    """What ``save_analysis`` wrote; None where there is nothing.
+
+    Raises:
+        RecordError: a file that is damaged.
+    """
+    source = folder / ANALYSIS
+    if not source.is_file():
+        return None
+    try:
+        entry = json.loads(source.read_text(encoding="utf-8"))
+        if hashlib.sha256(entry["analysis"].encode()).hexdigest() != entry["sha256"]:
+            raise ValueError("its checksum does not match")
+        found: dict[str, Any] = json.loads(entry["analysis"])
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RecordError(f"{source} is damaged ({error})", "run the task again, or delete the folder") from error
 
 
 def _write(folder: Path, name: str, tile: Tile) -> StoredTile:

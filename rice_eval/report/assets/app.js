@@ -32,8 +32,8 @@ function openBoard(number) {
 const stage = el("div", { class: "wrap" });
 const overviewSlot = el("div", { class: "wrap" });
 function drawBoard() {
-  boardPart.draw = classesPart.draw = picturesPart.draw = plotsPart.draw = null;
-  stage.replaceChildren(...[boardPart(), plotsPart(), classesPart(), picturesPart(), printedPart(), cardsPart()].filter(Boolean));
+  boardPart.draw = classesPart.draw = detectionPart.draw = picturesPart.draw = plotsPart.draw = null;
+  stage.replaceChildren(...[boardPart(), plotsPart(), classesPart(), detectionPart(), picturesPart(), printedPart(), cardsPart()].filter(Boolean));
   redrawFigures();
 }
 
