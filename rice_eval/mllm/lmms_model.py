@@ -7,6 +7,7 @@ this module; the rest of the package never needs it.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ class RiceEval(lmms):
 
     is_simple = True
     task_dict: dict[str, Any]
+    rank: int
 
     def __init__(
         self,
@@ -72,6 +74,8 @@ class RiceEval(lmms):
             )
         if control not in ("", "blind", "mean_image"):
             raise UsageError(f"--model_args control={control}", "choose blind or mean_image, or leave it out")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            device = self._join(device)
         folder = Path(model)
         where = device if device not in (None, "", "None") else "cpu"
         kind = getattr(torch, dtype, None)
@@ -90,9 +94,22 @@ class RiceEval(lmms):
             tuned = tuple(sorted({p for r in self.mllm.tuned for p in r.tuned})) or tuned
             self.system = None
         self.system = system if system is not None else self.system
-        if facts:
+        if facts and self.rank == 0:
             _write_facts(Path(facts), self.mllm, tuned)
         self.control, self.limit, self.batch = control, int(max_new_tokens), int(batch_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the language model runs."""
+        return self.mllm.device
+
+    def _join(self, device: str | None) -> str:
+        """One of several processes that accelerate started: lmms-eval gives each its share of the documents."""
+        from accelerate import Accelerator
+
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        return f"cuda:{self.accelerator.local_process_index}" if device == "cuda" else str(device or "cpu")
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Answers in the order of the requests."""
