@@ -52,6 +52,7 @@ function confusionPlot(b, width) {
   const left = 108, top = 96;
   const size = Math.max(9, Math.min(26, Math.floor((width - left - 8) / names.length)));
   const root = frame(left + size * names.length + 8, top + size * names.length + 8, "Confusion matrix: rows are the truth, columns what was said");
+  root.style.maxWidth = `${left + size * names.length + 8}px`;
   matrix.forEach((row, t) => {
     const total = row.reduce((sum, n) => sum + n, 0);
     const is = t === names.length - 1 ? "background" : names[t];
