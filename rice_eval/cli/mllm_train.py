@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -65,7 +66,9 @@ def llava(
         parts = Parts(name, lm, weights or None, projector, layer, False, tiles, side)
     else:
         raise UsageError("no model is given", "add --encoder and --lm, or --start with an earlier stage's folder")
-    rank, _ = launched()
+    rank, processes = launched()
+    if device == "cuda" and processes > 1:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     read = LlavaData(data, images, plain=recipe.plain)
     mllm = load_folder(start, device, parts=parts) if start is not None else parts.build(device)
 

@@ -123,6 +123,10 @@ def train(
     if parts is not None:
         facts["parts"] = dict(parts)
     set_seed(recipe.seed)
+    if mllm.device.type == "cuda":
+        torch.cuda.set_device(
+            mllm.device
+        )  # where accelerate puts a single process; under torchrun it is the process's own
     try:
         accelerator = Accelerator(
             mixed_precision="bf16" if recipe.bf16 else "no",
