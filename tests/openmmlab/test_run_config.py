@@ -115,7 +115,8 @@ def test_an_encoder_takes_the_place_of_a_backbone(config: Path, tmp_path: Path):
     text = config.read_text().replace(
         'dict(type="rice_eval.Encoder", name="random-vit-s-14")', 'dict(type="ResNetV1c", depth=18)'
     )
-    config.write_text(text.replace("in_channels=384, in_index=0", "in_channels=512, in_index=3"))
+    text = text.replace("channels=384", "channels=512").replace("in_index=0", "in_index=3")
+    config.write_text(text)
     with pytest.raises(UsageError, match="no encoder of the registry"):
         evaluate_config(config, tmp_path / "own", train=False, resamples=50)
     record, _ = evaluate_config(config, tmp_path / "results", encoder="rgb-moments", resamples=50)
