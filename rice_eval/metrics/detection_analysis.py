@@ -46,7 +46,7 @@ def confusions(truth: Sequence[Truth], found: Sequence[Found], classes: int) -> 
                     matrix[labels[pick], f.labels[d]] += 1
                 elif hidden[row] < FOREGROUND:
                     matrix[classes, f.labels[d]] += 1
-        np.add.at(matrix, (labels[free], classes), 1)
+        matrix[:, classes] += np.bincount(labels[free], minlength=classes + 1)
     return matrix
 
 
