@@ -76,7 +76,7 @@ class StridedBackbone(EncoderBackbone):
 class Instances(BaseMetric):  # type: ignore[misc]
     """mmengine metric that keeps each test image's detections and scores them by COCO's rule.
 
-    Truth is that of the annotation file, as mmdet's own ``CocoMetric`` reads it: original pixels, classes in the dataset's order. After
+    Truth is that of the annotation file, as mmdet's own ``CocoMetric`` reads it: original pixels, labels in the file's order of categories. After
     ``compute_metrics``, ``statistics`` holds the statistics, of boxes and, where the model predicts masks, of both.
 
     Args:
@@ -89,6 +89,7 @@ class Instances(BaseMetric):  # type: ignore[misc]
         super().__init__(collect_device=collect_device, prefix=prefix)
         self._file = ann_file
         self.statistics: Statistics | None = None
+        self.classes: tuple[str, ...] = ()
 
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
         """Take in one batch."""
@@ -113,13 +114,16 @@ class Instances(BaseMetric):  # type: ignore[misc]
         """The statistics' values over all images."""
         from pycocotools.coco import COCO
 
-        classes = tuple(self.dataset_meta["classes"])
         source = COCO(self._file)
-        by_name = {c["name"]: c["id"] for c in source.dataset["categories"]}
-        missing = [name for name in classes if name not in by_name]
+        # mmdet numbers its labels in the file's order of the named categories, whatever the order of metainfo.classes.
+        wanted = set(self.dataset_meta["classes"])
+        categories = [c for c in source.dataset["categories"] if c["name"] in wanted]
+        missing = sorted(wanted - {c["name"] for c in categories})
         if missing:
             raise DataError(f"{self._file}: has no category '{missing[0]}'", "check the config's metainfo.classes")
-        label_of = {by_name[name]: k for k, name in enumerate(classes)}
+        classes = tuple(str(c["name"]) for c in categories)
+        self.classes = classes
+        label_of = {c["id"]: k for k, c in enumerate(categories)}
         found = dict(results)
         keys = sorted(found)
         masked = any(f.masks is not None for f in found.values())
@@ -160,6 +164,7 @@ class MmdetResult:
 
     Attributes:
         statistics: per-image statistics of its test split.
+        classes: names, in the order of the labels.
         metrics: what its own evaluators said.
         seconds: wall clock of ``fit`` and ``predict``.
         runner: mmengine's runner, with the model and the data sets.
@@ -167,6 +172,7 @@ class MmdetResult:
     """
 
     statistics: Statistics
+    classes: tuple[str, ...]
     metrics: dict[str, float]
     seconds: dict[str, float]
     runner: Runner
@@ -256,4 +262,4 @@ def run_detection(
     ours = next(m for m in runner.test_evaluator.metrics if isinstance(m, Instances))
     if ours.statistics is None:
         raise UsageError(f"--config {path}: its test split has no images", "check the config's paths")
-    return MmdetResult(ours.statistics, metrics, seconds, runner, notes)
+    return MmdetResult(ours.statistics, ours.classes, metrics, seconds, runner, notes)

@@ -176,7 +176,7 @@ def _record(
             test_fingerprint=_fingerprint(test),
             n_train=len(train) if train is not None else 0,
             n_test=len(done.statistics.image_ids),
-            classes=tuple(_inner(test).metainfo["classes"]),
+            classes=done.classes,
         ),
         protocol=ProtocolEntry(
             id=protocol.id, hash=protocol.hash, settings=protocol.settings(), version=protocol.version
