@@ -122,7 +122,9 @@ class TaskCard(_Strict):
     license: str | None = None
     paper: str | None = None
     note: str | None = None
-    lmms: LmmsCard | None = Field(None, description="of benchmarks that lmms-eval judges; None where the data are read here")
+    lmms: LmmsCard | None = Field(
+        None, description="of benchmarks that lmms-eval judges; None where the data are read here"
+    )
 
 
 _Card = TypeVar("_Card", bound=_Strict)
