@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -149,6 +150,17 @@ def test_portions_do_not_change_the_result(tiny, talks, tmp_path):
         torch.testing.assert_close(tensor, ends[1][1][name], atol=2e-3, rtol=0)
 
 
+def train_and_die(tiny: Path, talks: Path, recipe: Recipe, folder: Path, threads: int) -> None:
+    """Train, saving every other step, and be killed at the fifth."""
+
+    def killed(step: int, steps: int, loss: float) -> None:
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.set_num_threads(threads)
+    train(load(tiny), recipe, read(talks, recipe), folder, save_every=2, on_step=killed)
+
+
 @pytest.mark.parametrize("recipe", [STAGE1, STAGE2, STAGE2_LORA], ids=lambda r: r.name)
 def test_a_killed_run_goes_on_to_the_same_end(tiny, talks, tmp_path, recipe):
     if "lm-lora" in recipe.tuned:
@@ -157,17 +169,13 @@ def test_a_killed_run_goes_on_to_the_same_end(tiny, talks, tmp_path, recipe):
     whole = load(tiny)
     want = train(whole, recipe, read(talks, recipe), tmp_path / "whole", save_every=2)
 
-    def killed(step, steps, loss):
-        if step == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    child = os.fork()
-    if child == 0:  # no line of the test runs on in the child
-        try:
-            train(load(tiny), recipe, read(talks, recipe), tmp_path / "cut", save_every=2, on_step=killed)
-        finally:
-            os._exit(1)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    # A process of its own, not a fork: torch's threads do not survive one.
+    child = multiprocessing.get_context("spawn").Process(
+        target=train_and_die, args=(tiny, talks, recipe, tmp_path / "cut", torch.get_num_threads())
+    )
+    child.start()
+    child.join(300)
+    assert child.exitcode == -signal.SIGKILL
     assert [p.name for p in (tmp_path / "cut").iterdir()] == ["state-000000004"]
     with pytest.raises(CheckpointError, match="no finished training"):
         load_trained(load(tiny), tmp_path / "cut")
