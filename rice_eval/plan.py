@@ -102,7 +102,7 @@ def task_for_dataset(cards: Catalogue, kind: str, dataset: str, options: Mapping
     if len(slug) > 80:
         slug = f"{slug[:60]}-{hashlib.sha256(slug.encode()).hexdigest()[:8]}"
     if same:
-        base = min(same, key=lambda c: (len(c.name), c.name))
+        base = min(same, key=lambda c: (c.name != f"{kind}/{dataset}", len(c.name), c.name))
         return base.model_copy(update={"name": f"{kind}/{slug}", "options": {**base.options, **options}})
     if kind not in DEFAULT_PROTOCOL:
         raise PlanError(f"no {kind} task card reads the dataset '{dataset}'", "see rice-eval list tasks")

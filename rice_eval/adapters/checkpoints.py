@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,15 +96,12 @@ class Checkpoint:
 
     def renamed(self, names: Mapping[str, str], stripped: str) -> Checkpoint:
         """The same checkpoint under other names (new -> old)."""
-        return Checkpoint(
-            self.path,
-            self.folder,
-            {new: self.tensors[old] for new, old in names.items()},
-            self.metadata,
-            self.stripped + stripped,
-            self._files,
-            self._loaded,
-            {new: self._inner.get(old, old) for new, old in names.items()},
+        # replace() keeps what a subclass knows, such as the configuration of a part of a larger model.
+        return replace(
+            self,
+            tensors={new: self.tensors[old] for new, old in names.items()},
+            stripped=self.stripped + stripped,
+            _inner={new: self._inner.get(old, old) for new, old in names.items()},
         )
 
 

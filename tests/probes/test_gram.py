@@ -40,9 +40,9 @@ def test_lda_equals_scikit_learn(seed: int, shrinkage: float):
     oracle = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage).fit(scaled, labels)
     expected = oracle.decision_function(scaled)
     found = head(x).double().numpy()
-    np.testing.assert_allclose(
-        found - found.mean(1, keepdims=True), expected - expected.mean(1, keepdims=True), rtol=2e-3, atol=2e-3
-    )
+    found, expected = (values - values.mean(1, keepdims=True) for values in (found, expected))
+    # The head's weights are float32: what cancels in a logit near zero is rounded at the size of the largest ones.
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3 + 1e-4 * np.abs(expected).max())
 
 
 @given(st.integers(0, 500), st.sampled_from([1e-4, 1e-2, 1.0]))

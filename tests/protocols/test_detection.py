@@ -126,8 +126,9 @@ def test_boxes_without_area_or_outside_are_not_learnt():
 @pytest.mark.parametrize("flip", [False, True])
 def test_linear_finds_coloured_squares(flip):
     protocol = FcosLinear(
-        view="square=112", lrs=(1e-2, 3e-2), steps=100, batch=8, layer_set="all", flip_view=flip, radius=0.0
-    )
+        view="square=112", lrs=(1e-2, 3e-2), steps=100, batch=8, layer_set="all", min_stride=1, flip_view=flip,
+        radius=0.0,
+    )  # fmt: skip
     context = context_of(protocol, Squares("train", 24), Squares("test", 10), keep_predictions=True, panels=3)
     outcome = protocol.run(context)
     assert isinstance(outcome.statistics, ApStatistics)
