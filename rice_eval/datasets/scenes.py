@@ -60,6 +60,7 @@ class _Cache:
     def __init__(self, limit: int) -> None:
         self._limit, self._held = limit, 0
         self._file: IO[bytes] | None = None
+        self._pages: mmap.mmap | None = None
         self._scenes: dict[tuple[int, str, int, int], Scene] = {}
         self._lock = threading.Lock()
 
@@ -76,20 +77,26 @@ class _Cache:
         return scene
 
     def _mapped(self, scene: Scene) -> Scene:
-        if self._file is None or self._held > self._limit:
+        length = scene.image.nbytes + scene.owner.nbytes
+        if self._file is None or self._pages is None or self._held + length > self._limit:
+            self._scenes.clear()
+            self._pages = None
             if self._file is not None:
                 self._file.close()
-            self._scenes.clear()
             self._file, self._held = tempfile.TemporaryFile(prefix="rice-eval-scenes-"), 0  # noqa: SIM115 (closed above)
+            self._file.truncate(max(self._limit, length))  # a hole: no room is taken until something is written
+            # One mapping for all scenes, because each holds a file descriptor.
+            self._pages = mmap.mmap(self._file.fileno(), max(self._limit, length), access=mmap.ACCESS_READ)
         start = self._held
-        # Written first, then mapped: a full disk is an error here, not a signal at the first touch.
+        # Written through the file, read through the mapping: a full disk is an error here, not a signal at the first touch.
         self._file.seek(start)
-        length = self._file.write(scene.image.tobytes() + scene.owner.tobytes())
+        self._file.write(scene.image.tobytes() + scene.owner.tobytes())
         self._file.flush()
-        pages = mmap.mmap(self._file.fileno(), length, access=mmap.ACCESS_READ, offset=start)
-        self._held += -(-length // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-        image = np.frombuffer(pages, np.uint8, scene.image.size).reshape(scene.image.shape)
-        owner = np.frombuffer(pages, np.uint8, scene.owner.size, scene.image.size).reshape(scene.owner.shape)
+        self._held += length
+        image = np.frombuffer(self._pages, np.uint8, scene.image.size, start).reshape(scene.image.shape)
+        owner = np.frombuffer(self._pages, np.uint8, scene.owner.size, start + scene.image.size).reshape(
+            scene.owner.shape
+        )
         return dataclasses.replace(scene, image=image, owner=owner)
 
 

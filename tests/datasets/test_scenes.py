@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -422,6 +423,13 @@ def test_kept_renderings_are_the_rendering_and_a_full_disk_only_costs_time(monke
     for scene, fresh in held:
         np.testing.assert_array_equal(scene.image, fresh.image)
         np.testing.assert_array_equal(scene.owner, fresh.owner)
+
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    many = scenes._Cache(limit=1 << 20)
+    kept = [many.get(0, "train", index, 64) for index in range(20)]
+    if before:
+        assert len(os.listdir("/proc/self/fd")) <= before + 3  # not one a scene
+    assert len(kept) == 20
 
     def full(**_: object) -> None:
         raise OSError(28, "No space left on device")
