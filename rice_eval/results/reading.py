@@ -88,15 +88,19 @@ def load_record(path: Path | str) -> Record:
 def _read(path: Path) -> bytes:
     try:
         # Not blocking: a named pipe nobody writes to would keep us here for ever.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NONBLOCK)) as file:
+        with open(path, "rb", buffering=0, opener=_open) as file:
             if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                return file.read()
+                return file.readall()
     except OSError as error:
         raise RecordError(f"{path}: can't be read ({error.strerror})", "check the path and its permissions") from error
     raise RecordError(f"{path}: is no regular file", "move it out of the folder of records")
 
 
 _NONBLOCK = getattr(os, "O_NONBLOCK", 0)
+
+
+def _open(name: str, flags: int) -> int:
+    return os.open(name, flags | _NONBLOCK)
 
 
 def _load_slowly(path: Path, data: bytes) -> Record:

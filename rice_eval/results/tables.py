@@ -48,13 +48,17 @@ def _csv(rows: Sequence[Sequence[str]]) -> str:
     return "".join(",".join(map(_cell, row)) + "\n" for row in rows)
 
 
+_SPECIAL = re.compile('[,"\r\n]')
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
+
+
 def _cell(text: str) -> str:
-    return '"' + text.replace('"', '""') + '"' if any(c in ',"\r\n' for c in text) else text
+    return '"' + text.replace('"', '""') + '"' if _SPECIAL.search(text) else text
 
 
 def _plain(text: str) -> str:
     """A name, exactly, but for what a spreadsheet would take for a formula and control characters, which no reader agrees on."""
-    shown = "".join(c if c >= " " or c in "\t\r\n" else f"\\x{ord(c):02x}" for c in text)
+    shown = _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
     return f"'{shown}" if shown.lstrip().startswith(("=", "+", "-", "@")) else shown
 
 
