@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from rice_eval.errors import CheckpointError, DataError
 from rice_eval.mllm.conversation import Encoded, Example, Turn
 from rice_eval.mllm.model import Mllm
-from rice_eval.mllm.probe_state import ProbeState
 from rice_eval.mllm.projector import Projector
 from rice_eval.mllm.vqa import SYSTEM, Dialogue
+from rice_eval.probes.linear import warmup_cosine
+from rice_eval.probes.training_state import TrainingState
 
 __all__ = ["PooledProjector", "Schedule", "Trained", "fit", "load_projector", "pool", "projector_bytes", "sha256_of"]
 
@@ -128,10 +129,7 @@ class Schedule:
 
     def factor(self, step: int, steps: int) -> float:
         """Of the peak rate at ``step``, from 0."""
-        warmup = max(1, math.ceil(_WARMUP * steps))
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+        return warmup_cosine(step, steps, max(1, math.ceil(_WARMUP * steps)))
 
     def batch_at(self, step: int, images: int) -> list[int]:
         """Positions of the images of ``step``: every epoch is a permutation of its own, so that a resumed run sees the same."""
@@ -168,7 +166,7 @@ def fit(
     tokens: Sequence[Tensor],
     dialogues: Sequence[Dialogue],
     schedule: Schedule,
-    state: ProbeState,
+    state: TrainingState,
     advance: Callable[[int], None] = lambda n: None,
     window: int = 25,
 ) -> Trained:
@@ -195,7 +193,14 @@ def fit(
     parameters = [p for p in projector.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, betas=(0.9, 0.95), weight_decay=schedule.weight_decay)
     steps = schedule.steps(len(tokens))
-    first, curve, pending = state.restore(projector, optimizer)
+    first = 0
+    curve: list[tuple[float, float]] = []
+    pending: list[float] = []
+    saved = state.load()
+    if saved is not None:
+        projector.load_state_dict(saved["projector"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first, curve, pending = saved["step"], [tuple(point) for point in saved["curve"]], saved["pending"]
     advance(first)
     for step in range(first, steps):
         picked = schedule.batch_at(step, len(tokens))
@@ -222,7 +227,9 @@ def fit(
             curve.append((float(step + 1), sum(pending) / len(pending)))
             pending = []
         advance(1)
-        state.save(step + 1, projector, optimizer, curve, pending, force=step + 1 == steps)
+        kept = {"step": step + 1, "projector": projector.state_dict(), "optimizer": optimizer.state_dict()}
+        kept |= {"curve": [list(point) for point in curve], "pending": pending}
+        state.save(kept, force=step + 1 == steps)
     projector.eval()
     return Trained(tuple(curve), steps, first)
 

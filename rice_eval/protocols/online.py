@@ -25,6 +25,7 @@ from torch.utils.data import Dataset as Samples
 from rice_eval.adapters.base import Encoder, EncoderFacts
 from rice_eval.datasets.base import IGNORE, Annotation, Dataset
 from rice_eval.errors import DataError, UsageError
+from rice_eval.probes.training_state import TrainingState
 from rice_eval.protocols.augment import AUGMENTS, Augment, AugmentName
 from rice_eval.protocols.base import Context, Head, Outcome, Protocol
 from rice_eval.protocols.online_head import (
@@ -38,7 +39,6 @@ from rice_eval.protocols.online_head import (
     world,
 )
 from rice_eval.protocols.online_infer import averaged_views, mean_colour, segment
-from rice_eval.protocols.online_state import Checkpoint
 from rice_eval.protocols.schedules import SCHEDULES, ScheduleName, schedule
 from rice_eval.protocols.segmentation import LAYER_SETS, LayerSet, Scorer, check_choice, checked_labels, layers_of
 from rice_eval.views import View
@@ -207,8 +207,9 @@ class OnlineLinear(Protocol):
             head.parameters(), lr=self.lr, betas=(self.betas[0], self.betas[1]), weight_decay=self.wd
         )
         factor = schedule(self.schedule, self.steps, self.warmup, self.warmup_ratio, self.power)
-        checkpoint = Checkpoint(
+        checkpoint = TrainingState(
             context.scratch,
+            "online",
             {"protocol": self.hash, "encoder": facts.sha256, "train": context.train.fingerprint, "classes": classes},
         )
         state = shared(checkpoint.load() if rank == 0 else None)

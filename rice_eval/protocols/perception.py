@@ -16,6 +16,7 @@ from rice_eval.bank.source import TokenReader
 from rice_eval.datasets.base import Annotation
 from rice_eval.errors import PlanError
 from rice_eval.mllm.lm_identity import lm_identity
+from rice_eval.probes.training_state import TrainingState
 from rice_eval.protocols.base import Context, Outcome, Protocol
 
 __all__ = ["PerceptionProbe"]
@@ -87,7 +88,6 @@ class PerceptionProbe(Protocol):
         from rice_eval.mllm.lm import load_lm
         from rice_eval.mllm.probe import PooledProjector, fit, sha256_of
         from rice_eval.mllm.probe import Schedule as Rates
-        from rice_eval.mllm.probe_state import ProbeState
         from rice_eval.mllm.vqa import dialogues
 
         layers = self.layers(context.facts)
@@ -110,7 +110,7 @@ class PerceptionProbe(Protocol):
             "protocol": self.hash,
             "device": context.device.type,
         }
-        state = ProbeState(context.scratch.parent / "mllm" if context.scratch is not None else None, facts)
+        state = TrainingState(context.scratch, "projector", facts)
         mllm = assemble(context.encoder(), trained_with, projector, layers, self.norm, self.view)
         fitted = fit(mllm, tokens, said, rates, state, context.progress("projector", rates.steps(len(tokens))))
         seconds["fit"] = time.perf_counter() - start

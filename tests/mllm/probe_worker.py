@@ -7,22 +7,22 @@ import signal
 import sys
 from pathlib import Path
 
-from rice_eval.mllm import probe_state
+from rice_eval.probes import training_state
 from rice_eval.run import evaluate
 
 SETTINGS = {"lm": "tiny-random", "side": 3, "hidden": 16, "train_dtype": "float32", "batch": 2, "epochs": 2.0}
 
 
 def main(results: str, bank: str, kill_at: int | None) -> None:
-    save = probe_state.ProbeState.save
+    save = training_state.TrainingState.save
+    training_state.SAVE_EVERY_S = 0.0
 
-    def saving(self, step, *rest, force=False):  # type: ignore[no-untyped-def]
-        self._every = 0.0
-        save(self, step, *rest, force=force)
-        if kill_at is not None and step >= kill_at:
+    def saving(self, state, force=False):  # type: ignore[no-untyped-def]
+        save(self, state, force)
+        if kill_at is not None and state["step"] >= kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    probe_state.ProbeState.save = saving  # type: ignore[method-assign]
+    training_state.TrainingState.save = saving  # type: ignore[method-assign]
     done = evaluate(
         ["rgb-moments"],
         ["mllm/scenes-vqa"],

@@ -111,7 +111,7 @@ def test_resuming_gives_the_same_head(tmp_path: Path, monkeypatch: pytest.Monkey
     protocol = small(steps=6, dropout=0.3)
     whole = state_of(protocol)
     train, test = datasets()
-    monkeypatch.setattr("rice_eval.protocols.online_state.SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr("rice_eval.probes.training_state.SAVE_EVERY_S", 0.0)
 
     def dying(label: str, total: int):
         done = []

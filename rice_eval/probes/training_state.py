@@ -1,8 +1,9 @@
-"""Resuming an online run: one file that is always whole."""
+"""Where a killed training goes on from: one file that is always whole."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 import time
@@ -13,25 +14,25 @@ from typing import Any
 import torch
 
 from rice_eval.errors import CheckpointError
-from rice_eval.results.record import canonical_json
 
-__all__ = ["Checkpoint"]
+__all__ = ["SAVE_EVERY_S", "TrainingState"]
 
-SAVE_EVERY_S = 60.0
+SAVE_EVERY_S = 30.0
 """Seconds between two saves: what a killed run loses at most."""
 
 
-class Checkpoint:
-    """A head's training state under a key.
+class TrainingState:
+    """What a training needs to go on, under a key.
 
     Args:
-        folder: where it lives; None keeps nothing.
-        facts: everything that decides the training; two runs share a file only if all of it agrees.
+        folder: where the file lies; None keeps nothing.
+        name: what the file is called before its key.
+        facts: everything that decides the training, as plain JSON values; two runs share a file only if all of it agrees.
     """
 
-    def __init__(self, folder: Path | None, facts: Mapping[str, Any]) -> None:
-        self.key = hashlib.sha256(canonical_json(dict(facts)).encode()).hexdigest()[:16]
-        self.path = folder / f"online-{self.key}.pt" if folder is not None else None
+    def __init__(self, folder: Path | None, name: str, facts: Mapping[str, Any]) -> None:
+        self.key = hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()[:16]
+        self.path = folder / f"{name}-{self.key}.pt" if folder is not None else None
         self._saved = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
@@ -51,13 +52,17 @@ class Checkpoint:
         return state
 
     def save(self, state: Mapping[str, Any], force: bool = False) -> None:
-        """Replace the file, at most once a minute unless ``force``: written beside it, synced, renamed."""
+        """Replace the file, at most every ``SAVE_EVERY_S`` seconds unless ``force``: written beside it, synced, renamed.
+
+        Raises:
+            CheckpointError: it can't be written.
+        """
         if self.path is None or (not force and time.monotonic() - self._saved < SAVE_EVERY_S):
             return
         self._saved = time.monotonic()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as handle:
                 torch.save({"key": self.key, **state}, handle)
                 handle.flush()
