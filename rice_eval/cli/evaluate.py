@@ -59,6 +59,9 @@ Predictions = Annotated[
     Path | None,
     typer.Option("--save-predictions", help="Folder for every test image's prediction: PNG, or COCO's JSON."),
 ]
+Panels = Annotated[
+    int, typer.Option("--panels", min=0, help="Test images kept as pictures, spread evenly over the set.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let code shipped with a checkpoint run on this machine.")
@@ -119,6 +122,7 @@ _SHARED: dict[str, tuple[Any, Any]] = {
     "limit_train": (LimitTrain, None),
     "limit_test": (LimitTest, None),
     "save_predictions": (Predictions, None),
+    "panels": (Panels, 8),
     "include": (Include, None),
     "trust_remote_code": (Trust, False),
     "executor": (ExecutorName, "local"),
@@ -126,7 +130,7 @@ _SHARED: dict[str, tuple[Any, Any]] = {
     "report": (Page, True),
     "as_json": (AsJson, False),
 }
-"""Parameters of every command that evaluates on one dataset: annotation and default."""
+"""Parameters of every command that evaluates: annotation and default. ``option`` is one of those on one dataset."""
 
 
 def _on_dataset(kind: str, text: str, reader: dict[str, Any], dataset: str = "scenes") -> Callable[..., None]:
@@ -151,22 +155,7 @@ def _on_dataset(kind: str, text: str, reader: dict[str, Any], dataset: str = "sc
         options |= {name: value for name, value in flagged.items() if value is not None}
         # A benchmark of a hundred sets: without a set, all of them.
         suite = kind == "detection" and given["dataset"] == "roboflow100" and "set" not in options
-        (_evaluate_suite if suite else _evaluate)(
-            given.pop("encoder"),
-            given.pop("weights"),
-            given.pop("results"),
-            given.pop("as_json"),
-            given.pop("report"),
-            kind=kind,
-            options=options,
-            data=folders(given.pop("data")),
-            protocols=given.pop("protocol") or (),
-            settings=pairs("--set", given.pop("setting")),
-            include=given.pop("include") or (),
-            store=not given.pop("no_store"),
-            predictions=given.pop("save_predictions"),
-            **given,
-        )
+        (_evaluate_suite if suite else _evaluate)(kind=kind, options=options, **_arguments(given))
 
     flags: dict[str, tuple[Any, Any]] = {
         "encoder": (Encoders, inspect.Parameter.empty),
@@ -176,14 +165,37 @@ def _on_dataset(kind: str, text: str, reader: dict[str, Any], dataset: str = "sc
         flags |= ENGINE
     flags |= {name: (annotation, None) for name, annotation in reader.items()}
     flags |= _SHARED
+    return _with_flags(command, text, flags)
+
+
+def _with_flags(command: Callable[..., None], text: str, flags: dict[str, tuple[Any, Any]]) -> Callable[..., None]:
+    """``command`` with these flags and this help: Typer reads a command's flags from its signature."""
     keyword = inspect.Parameter.KEYWORD_ONLY
-    # Typer reads a command's flags from its signature: one table serves every kind of task.
     command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [inspect.Parameter(name, keyword, default=default, annotation=a) for name, (a, default) in flags.items()]
     )
     command.__annotations__ = {name: annotation for name, (annotation, _) in flags.items()}
     command.__doc__ = text
     return command
+
+
+def _arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """Flags under the names that ``rice_eval.evaluate`` has for them."""
+    encoders, weights = given.pop("encoder"), given.pop("weights")
+    if weights is not None and len(encoders) != 1:
+        raise UsageError("--weights goes with exactly one --encoder", "for several write --encoder NAME@WEIGHTS")
+    renamed = {
+        "encoders": encoders,
+        "weights": {encoders[0]: weights} if weights is not None else None,
+        "executor": _executor(given.pop("executor"), given.pop("address")),
+        "data": folders(given.pop("data")),
+        "protocols": given.pop("protocol") or (),
+        "settings": pairs("--set", given.pop("setting")),
+        "include": given.pop("include") or (),
+        "store": not given.pop("no_store"),
+        "predictions": given.pop("save_predictions"),
+    }
+    return {**renamed, **given}
 
 
 segmentation = _on_dataset(
@@ -206,89 +218,28 @@ ocr = _on_dataset(
 )
 
 
-def run(
-    encoder: Encoders,
-    task: Annotated[list[str], typer.Option("--task", "-t", help="Task, see rice-eval list tasks. Repeatable.")],
-    data: Data = None,
-    protocol: Protocols = None,
-    view: ViewOption = None,
-    setting: Settings = None,
-    weights: Weights = None,
-    results: Results = Path("results"),
-    bank: BankRoot = None,
-    no_store: NoStore = False,
-    device: Device = "cpu",
-    batch_size: BatchSize = 16,
-    workers: Workers = None,
-    autocast: Autocast = None,
-    compile: Compile = False,
-    on_bad_image: BadImage = "stop",
-    limit_train: LimitTrain = None,
-    limit_test: LimitTest = None,
-    save_predictions: Predictions = None,
-    panels: Annotated[
-        int, typer.Option("--panels", min=0, help="Test images kept as pictures, spread evenly over the set.")
-    ] = 8,
-    include: Include = None,
-    trust_remote_code: Trust = False,
-    executor: ExecutorName = "local",
-    address: Address = None,
-    report: Page = True,
-    as_json: AsJson = False,
-) -> None:
-    """A matrix: every encoder on every task, each image through each encoder once."""
-    _evaluate(
-        encoder,
-        weights,
-        results,
-        as_json,
-        report,
-        tasks=task,
-        data=folders(data),
-        protocols=protocol or (),
-        view=view,
-        settings=pairs("--set", setting),
-        include=include or (),
-        limit_train=limit_train,
-        limit_test=limit_test,
-        bank=bank,
-        store=not no_store,
-        device=device,
-        batch_size=batch_size,
-        workers=workers,
-        autocast=autocast,
-        compile=compile,
-        on_bad_image=on_bad_image,
-        predictions=save_predictions,
-        panels=panels,
-        trust_remote_code=trust_remote_code,
-        executor=executor,
-        address=address,
-    )
+def _matrix(**given: Any) -> None:
+    _evaluate(tasks=given.pop("task"), **_arguments(given))
 
 
-def _evaluate(
-    encoders: list[str],
-    weights: Path | None,
-    results: Path,
-    as_json: bool,
-    report: bool,
-    executor: str,
-    address: str | None,
-    **arguments: Any,
-) -> None:
+run = _with_flags(
+    _matrix,
+    "A matrix: every encoder on every task, each image through each encoder once.",
+    {
+        "encoder": (Encoders, inspect.Parameter.empty),
+        "task": (
+            Annotated[list[str], typer.Option("--task", "-t", help="Task, see rice-eval list tasks. Repeatable.")],
+            inspect.Parameter.empty,
+        ),
+        **{name: flag for name, flag in _SHARED.items() if name != "option"},
+    },
+)
+
+
+def _evaluate(results: Path, as_json: bool, report: bool, **arguments: Any) -> None:
     from rice_eval.run import evaluate
 
-    run_plan = _executor(executor, address)
-    if weights is not None and len(encoders) != 1:
-        raise UsageError("--weights goes with exactly one --encoder", "for several write --encoder NAME@WEIGHTS")
-    done = evaluate(
-        encoders,
-        results=results,
-        weights={encoders[0]: weights} if weights is not None else None,
-        executor=run_plan,
-        **arguments,
-    )
+    done = evaluate(results=results, **arguments)
     if launched()[0] > 0:
         return  # the first process of torchrun has the records and tells of them
     _tell(done, results, as_json, report)
@@ -325,35 +276,22 @@ def _executor(name: str, address: str | None) -> Any:
     return execute
 
 
-def _evaluate_suite(
-    encoders: list[str],
-    weights: Path | None,
-    results: Path,
-    as_json: bool,
-    report: bool,
-    executor: str,
-    address: str | None,
-    **arguments: Any,
-) -> None:
+def _evaluate_suite(results: Path, as_json: bool, report: bool, **arguments: Any) -> None:
     """All sets of Roboflow 100: category means, and the broken sets by name on stderr."""
     from rice_eval.cli.tables import print_table
     from rice_eval.publish import publish
     from rice_eval.suite import run_roboflow100
 
-    if weights is not None and len(encoders) != 1:
-        raise UsageError("--weights goes with exactly one --encoder", "for several write --encoder NAME@WEIGHTS")
     for name in ("kind", "dataset"):
         arguments.pop(name)
     data = arguments.pop("data")
     if isinstance(data, dict):
         data = data.get("roboflow100")
     suite = run_roboflow100(
-        encoders,
+        arguments.pop("encoders"),
         data=data,
         said=lambda line: typer.echo(line, err=True),
         results=results,
-        weights={encoders[0]: weights} if weights is not None else None,
-        executor=_executor(executor, address),
         **arguments,
     )
     path = suite.save(results / "roboflow100.json")
