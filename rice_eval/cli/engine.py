@@ -108,9 +108,9 @@ def other_engine(
     from rice_eval.run import Result
 
     if kind == "detection":
-        from rice_eval.openmmlab.detection_record import evaluate_detection as evaluate_config
+        from rice_eval.openmmlab.detection import evaluate_detection as evaluate_config
     else:
-        from rice_eval.openmmlab.record import evaluate_config
+        from rice_eval.openmmlab.run import evaluate_config
     record, path = evaluate_config(
         config,
         given["results"],

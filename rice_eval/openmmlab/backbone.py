@@ -86,23 +86,26 @@ class EncoderBackbone(BaseModule):  # type: ignore[misc]
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """``(B, 3, H, W)`` normalised images to maps ``(B, D, h, w)``."""
-        encoder = self._encoder
-        if encoder.device != images.device:
-            encoder.to(images.device)
-        plain = images.float() * self._std + self._mean
-        own = torch.tensor(encoder.facts.mean, device=images.device).view(1, 3, 1, 1)
-        down, right = (-images.shape[2]) % encoder.multiple, (-images.shape[3]) % encoder.multiple
-        padded = F.pad(plain - own, (right // 2, right - right // 2, down // 2, down - down // 2)) + own
-        tokens = encoder.encode(padded, self._layers, self._norm)
-        h, w = tokens.grids[self._layers[-1]]
-        self.forwards += len(images)
-        self.tokens += len(images) * h * w
-        maps = []
-        for layer in self._layers:
-            h, w = tokens.grids[layer]
-            maps.append(tokens.patches[layer].float().clone().transpose(1, 2).reshape(len(images), -1, h, w))
+        down, right = (-images.shape[2]) % self._encoder.multiple, (-images.shape[3]) % self._encoder.multiple
+        maps = self._layer_maps(images, (right // 2, right - right // 2, down // 2, down - down // 2))
         if not self._scales:
             return tuple(maps)
         h, w = maps[-1].shape[-2:]
         sizes = [(max(1, round(h * s)), max(1, round(w * s))) for s in self._scales]
         return tuple(F.interpolate(maps[-1], size=s, mode="bilinear", align_corners=False) for s in sizes)
+
+    def _layer_maps(self, images: Tensor, padding: tuple[int, int, int, int]) -> list[Tensor]:
+        """Maps ``(B, D, h, w)`` of every layer, of normalised images padded on the left, on the right, above and below."""
+        encoder = self._encoder
+        if encoder.device != images.device:
+            encoder.to(images.device)
+        plain = images.float() * self._std + self._mean
+        own = torch.tensor(encoder.facts.mean, device=images.device).view(1, 3, 1, 1)
+        tokens = encoder.encode(F.pad(plain - own, padding) + own, self._layers, self._norm)
+        maps = []
+        for layer in self._layers:
+            h, w = tokens.grids[layer]
+            maps.append(tokens.patches[layer].float().clone().transpose(1, 2).reshape(len(images), -1, h, w))
+        self.forwards += len(images)
+        self.tokens += len(images) * h * w
+        return maps

@@ -1,31 +1,38 @@
-"""Run an mmdet config as it is, or with another backbone, and keep our statistics of its test."""
+"""mmdet's configs: the metric that keeps our statistics, and an encoder in a detector's backbone's place at exact strides."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import mmdet
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.evaluator import BaseMetric
-from mmengine.runner import Runner
 from torch import Tensor
 from torch.nn import functional as F
 
 from rice_eval.adapters import load_encoder
+from rice_eval.datasets.base import files_fingerprint
 from rice_eval.errors import DataError, UsageError
 from rice_eval.metrics.coco import Found, Truth, ap_statistics
 from rice_eval.metrics.coco_masks import BoxMaskStatistics
-from rice_eval.metrics.statistics import Statistics
 from rice_eval.openmmlab.backbone import MODELS, EncoderBackbone
-from rice_eval.openmmlab.run import METRICS
+from rice_eval.openmmlab.config import EngineConfig, backbone_config
+from rice_eval.openmmlab.engine import METRICS, Engine, StatisticsMetric, image_part
 
-__all__ = ["STRIDES", "Instances", "MmdetResult", "StridedBackbone", "run_detection", "with_strides"]
+__all__ = [
+    "STRIDES",
+    "Instances",
+    "MmdetConfig",
+    "StridedBackbone",
+    "evaluate_detection",
+    "run_detection",
+    "with_strides",
+]
 
 STRIDES = (4, 8, 16, 32)
 """Pixels: what a ResNet gives to a detector's neck, and what its anchors take for granted."""
@@ -50,30 +57,22 @@ class StridedBackbone(EncoderBackbone):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """``(B, 3, H, W)`` normalised images to maps ``(B, D, ceil(H / s), ceil(W / s))``."""
-        encoder, (height, width) = self.encoder, images.shape[2:]
-        if encoder.device != images.device:
-            encoder.to(images.device)
-        plain = images.float() * self._std + self._mean
-        own = torch.tensor(encoder.facts.mean, device=images.device).view(1, 3, 1, 1)
-        padded = F.pad(plain - own, (0, -width % encoder.multiple, 0, -height % encoder.multiple)) + own
-        tokens = encoder.encode(padded, self.layers, self.norm)
-        h, w = tokens.grids[self.layers[-1]]
-        self.forwards += len(images)
-        self.tokens += len(images) * h * w
-        grid = tokens.last.float().clone().transpose(1, 2).reshape(len(images), -1, h, w)
+        height, width = images.shape[2:]
+        down, right = -height % self.encoder.multiple, -width % self.encoder.multiple
+        grid = self._layer_maps(images, (0, right, 0, down))[-1]
         maps = []
         for stride in self._strides:
             y = (torch.arange(math.ceil(height / stride), device=grid.device) + 0.5) * (
-                2 * stride / padded.shape[2]
+                2 * stride / (height + down)
             ) - 1
-            x = (torch.arange(math.ceil(width / stride), device=grid.device) + 0.5) * (2 * stride / padded.shape[3]) - 1
+            x = (torch.arange(math.ceil(width / stride), device=grid.device) + 0.5) * (2 * stride / (width + right)) - 1
             places = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1).expand(len(images), -1, -1, -1)
             maps.append(F.grid_sample(grid, places, padding_mode="border", align_corners=False))
         return tuple(maps)
 
 
 @METRICS.register_module(name="Instances")
-class Instances(BaseMetric):  # type: ignore[misc]
+class Instances(StatisticsMetric):
     """mmengine metric that keeps each test image's detections and scores them by COCO's rule.
 
     Truth is that of the annotation file, as mmdet's own ``CocoMetric`` reads it: original pixels, labels in the file's order of categories. After
@@ -83,13 +82,9 @@ class Instances(BaseMetric):  # type: ignore[misc]
         ann_file: the test split's annotations in COCO format.
     """
 
-    default_prefix = "rice_eval"
-
     def __init__(self, ann_file: str, collect_device: str = "cpu", prefix: str | None = None) -> None:
         super().__init__(collect_device=collect_device, prefix=prefix)
         self._file = ann_file
-        self.statistics: Statistics | None = None
-        self.classes: tuple[str, ...] = ()
 
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
         """Take in one batch."""
@@ -121,8 +116,7 @@ class Instances(BaseMetric):  # type: ignore[misc]
         missing = sorted(wanted - {c["name"] for c in categories})
         if missing:
             raise DataError(f"{self._file}: has no category '{missing[0]}'", "check the config's metainfo.classes")
-        classes = tuple(str(c["name"]) for c in categories)
-        self.classes = classes
+        self.classes = tuple(str(c["name"]) for c in categories)
         label_of = {c["id"]: k for k, c in enumerate(categories)}
         found = dict(results)
         keys = sorted(found)
@@ -132,10 +126,10 @@ class Instances(BaseMetric):  # type: ignore[misc]
         if len(set(names)) != len(names):
             names = [str(key) for key in keys]
         parts = [found[key] for key in keys]
-        boxes = ap_statistics(names, truth, parts, classes)
+        boxes = ap_statistics(names, truth, parts, self.classes)
         self.statistics = boxes
         if masked:
-            self.statistics = BoxMaskStatistics(boxes, ap_statistics(names, truth, parts, classes, "segm"))
+            self.statistics = BoxMaskStatistics(boxes, ap_statistics(names, truth, parts, self.classes, "segm"))
         return self.statistics.point()
 
 
@@ -159,24 +153,12 @@ def _truth(source: Any, key: int, label_of: Mapping[int, int], masks: bool) -> T
 
 
 @dataclass(frozen=True)
-class MmdetResult:
-    """What a config's run gave.
+class MmdetConfig(EngineConfig):
+    """An mmdet config as a protocol."""
 
-    Attributes:
-        statistics: per-image statistics of its test split.
-        classes: names, in the order of the labels.
-        metrics: what its own evaluators said.
-        seconds: wall clock of ``fit`` and ``predict``.
-        runner: mmengine's runner, with the model and the data sets.
-        notes: what was changed in the config, in words.
-    """
-
-    statistics: Statistics
-    classes: tuple[str, ...]
-    metrics: dict[str, float]
-    seconds: dict[str, float]
-    runner: Runner
-    notes: tuple[str, ...] = ()
+    id: ClassVar[str] = "mmdet"
+    kind: ClassVar[str] = "detection"
+    metric: ClassVar[str] = "ap"
 
 
 def with_strides(config: Config, name: str, weights: Path | None = None) -> tuple[str, ...]:
@@ -200,66 +182,43 @@ def with_strides(config: Config, name: str, weights: Path | None = None) -> tupl
     # Necks that read three maps start at stride 8 (RetinaNet, FCOS), four at stride 4.
     strides = STRIDES[-several:]
     old = model["backbone"].get("type")
-    backbone: dict[str, Any] = {"type": "rice_eval.StridedEncoder", "name": name, "strides": list(strides)}
-    if weights is not None:
-        backbone["weights"] = str(weights)
-    normalised = model.get("data_preprocessor") or {}
-    backbone.update({k: list(normalised[k]) for k in ("mean", "std") if normalised.get(k) is not None})
     neck["in_channels"] = [load_encoder(name, weights=weights).facts.widths[-1]] * several
     if "start_level" in neck:
         neck["start_level"] = 0
-    model["backbone"] = backbone
+    model["backbone"] = backbone_config(model, "StridedEncoder", name, weights, strides=list(strides))
     model.pop("pretrained", None)
     steps = ", ".join(map(str, strides))
     return (f"the config's backbone {old} gave way to {name}; the neck reads its last layer at strides {steps}",)
 
 
-def run_detection(
-    path: Path,
-    work_dir: Path,
-    *,
-    train: bool = True,
-    options: dict[str, Any] | None = None,
-    encoder: str | None = None,
-    weights: Path | None = None,
-) -> MmdetResult:
-    """Train (where the config says how, unless ``train`` is off) and test a config unchanged but for one more evaluator.
-
-    Args:
-        path: the config; its backbone may be ``dict(type="rice_eval.StridedEncoder", name=...)``.
-        work_dir: where mmengine writes.
-        train: off to test the weights of the config's ``load_from``.
-        options: values set in the config first, by dotted key, as mmdet's ``--cfg-options``.
-        encoder: an encoder that takes the place of the config's backbone, see ``with_strides``.
-        weights: a checkpoint for it.
-
-    Raises:
-        UsageError: a config that can't be read, or one without a test on an annotation file.
-    """
-    try:
-        config = Config.fromfile(str(path))
-    except (OSError, SyntaxError, ValueError, KeyError, ImportError) as error:
-        raise UsageError(f"--config {path}: can't be read ({error})", "give an mmdet config") from error
-    config.merge_from_dict(options or {})
-    config.work_dir = str(work_dir)
-    notes = with_strides(config, encoder, weights) if encoder is not None else ()
-    if config.get("test_dataloader") is None or config.get("test_evaluator") is None or config.get("test_cfg") is None:
-        raise UsageError(f"--config {path}: has no test", "it needs test_dataloader, test_evaluator and test_cfg")
-    given = config.test_evaluator if isinstance(config.test_evaluator, list) else [config.test_evaluator]
-    files = [e["ann_file"] for e in given if e.get("ann_file")]
+def _evaluator(config: Config) -> dict[str, Any]:
+    files = [e["ann_file"] for e in config.test_evaluator if e.get("ann_file")]
     if not files:
-        raise UsageError(f"--config {path}: no test_evaluator names an ann_file", "use mmdet's CocoMetric")
-    config.test_evaluator = [*given, {"type": "rice_eval.Instances", "ann_file": files[0]}]
-    runner = Runner.from_cfg(config)
-    seconds = {}
-    if train and config.get("train_cfg") is not None:
-        start = time.perf_counter()
-        runner.train()
-        seconds["fit"] = time.perf_counter() - start
-    start = time.perf_counter()
-    metrics = {str(k): float(v) for k, v in runner.test().items()}
-    seconds["predict"] = time.perf_counter() - start
-    ours = next(m for m in runner.test_evaluator.metrics if isinstance(m, Instances))
-    if ours.statistics is None:
-        raise UsageError(f"--config {path}: its test split has no images", "check the config's paths")
-    return MmdetResult(ours.statistics, ours.classes, metrics, seconds, runner, notes)
+        raise UsageError(f"--config {config.filename}: no test_evaluator names an ann_file", "use mmdet's CocoMetric")
+    return {"type": "rice_eval.Instances", "ann_file": files[0]}
+
+
+def _blank(model: Any) -> None:
+    if "neck" in model and "in_channels" in model.neck:
+        model.neck.in_channels = "ENCODER"
+
+
+def _fingerprint(dataset: Any) -> str:
+    """sha256 over names and sizes of images, the annotation file's bytes and the classes."""
+    parts: list[tuple[str, Path | bytes]] = [("annotations", Path(dataset.ann_file))]
+    parts += [image_part(dataset.get_data_info(index)) for index in range(len(dataset))]
+    return files_fingerprint(parts, {"classes": dataset.metainfo.get("classes")})
+
+
+_MMDET = Engine(
+    MmdetConfig,
+    version=mmdet.__version__,
+    backbone="StridedEncoder",
+    replace=with_strides,
+    evaluator=_evaluator,
+    blank=_blank,
+    fingerprint=_fingerprint,
+    nothing=("no test image has a target", "check the config's paths and classes"),
+)
+
+run_detection, evaluate_detection = _MMDET.run, _MMDET.evaluate

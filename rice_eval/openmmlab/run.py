@@ -1,50 +1,44 @@
-"""Run an mmseg config as it is, or with another backbone, and keep our statistics of its test."""
+"""mmseg's configs: the metric that keeps our statistics, and an encoder in a segmentor's backbone's place."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import mmseg
 import numpy as np
 from mmengine.config import Config
-from mmengine.evaluator import BaseMetric
-from mmengine.registry import METRICS as ROOT
-from mmengine.registry import Registry
-from mmengine.runner import Runner
 from numpy.typing import NDArray
 
 from rice_eval.adapters import load_encoder
+from rice_eval.datasets.base import files_fingerprint
 from rice_eval.errors import DataError, UsageError
 from rice_eval.metrics.iou import IoUStatistics, areas_of, confusion
+from rice_eval.openmmlab.config import EngineConfig, backbone_config
+from rice_eval.openmmlab.engine import METRICS, Engine, StatisticsMetric, image_part
 
-__all__ = ["METRICS", "PYRAMID", "Areas", "MmsegResult", "heads_of", "run_config", "with_encoder"]
+__all__ = ["PYRAMID", "Areas", "MmsegConfig", "evaluate_config", "run_config", "with_encoder"]
 
 PYRAMID = (4, 2, 1, 0.5)
 """Scales of the maps that a head with several inputs reads: strides 4 to 32 of a patch of 16, as a ResNet's."""
 
-METRICS = Registry("metric", parent=ROOT, scope="rice_eval")
-
 
 @METRICS.register_module(name="Areas")
-class Areas(BaseMetric):  # type: ignore[misc]
+class Areas(StatisticsMetric):
     """mmengine metric that keeps each test image's confusion matrix.
 
-    After ``compute_metrics``, ``statistics`` holds them. Predictions and labels are those mmseg's own ``IoUMetric`` is given: at the
-    original resolution, after the data set's label shift.
+    Predictions and labels are those mmseg's own ``IoUMetric`` is given: at the original resolution,
+    after the data set's label shift.
 
     Args:
         ignore_index: label that counts nowhere.
     """
 
-    default_prefix = "rice_eval"
-
     def __init__(self, ignore_index: int = 255, collect_device: str = "cpu", prefix: str | None = None) -> None:
         super().__init__(collect_device=collect_device, prefix=prefix)
         self._ignore = ignore_index
-        self.statistics: IoUStatistics | None = None
 
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
         """Take in one batch."""
@@ -62,29 +56,18 @@ class Areas(BaseMetric):  # type: ignore[misc]
         """The statistics' values over all images."""
         ids, matrices = [r[0] for r in results], [r[1] for r in results]
         areas = np.stack([areas_of(m) for m in matrices])
-        self.statistics = IoUStatistics(ids, areas, tuple(self.dataset_meta["classes"]), np.sum(matrices, axis=0))
+        self.classes = tuple(self.dataset_meta["classes"])
+        self.statistics = IoUStatistics(ids, areas, self.classes, np.sum(matrices, axis=0))
         return self.statistics.point()
 
 
 @dataclass(frozen=True)
-class MmsegResult:
-    """What a config's run gave.
+class MmsegConfig(EngineConfig):
+    """An mmseg config as a protocol."""
 
-    Attributes:
-        statistics: per-image statistics of its test split.
-        metrics: what its own evaluators said.
-        config: the config as run, in mmengine's text form: everything that decided the number.
-        seconds: wall clock of ``fit`` and ``predict``.
-        runner: mmengine's runner, with the model and the data sets.
-        notes: what was changed in the config, in words.
-    """
-
-    statistics: IoUStatistics
-    metrics: dict[str, float]
-    config: str
-    seconds: dict[str, float]
-    runner: Runner
-    notes: tuple[str, ...] = ()
+    id: ClassVar[str] = "mmseg"
+    kind: ClassVar[str] = "segmentation"
+    metric: ClassVar[str] = "miou"
 
 
 def with_encoder(config: Config, name: str, weights: Path | None = None) -> tuple[str, ...]:
@@ -102,18 +85,11 @@ def with_encoder(config: Config, name: str, weights: Path | None = None) -> tupl
     model = config.get("model") or {}
     if "backbone" not in model or "decode_head" not in model:
         raise UsageError("the config's model has no backbone and decode_head", "write the backbone into the config")
-    heads = heads_of(model)
+    heads = _heads(model)
     several = max((len(h["in_index"]) for h in heads if isinstance(h.get("in_index"), (list, tuple))), default=0)
     if several > len(PYRAMID):
         raise UsageError(f"a head of the config reads {several} maps", f"the encoder's pyramid has {len(PYRAMID)}")
     old = model["backbone"].get("type")
-    normalised = model.get("data_preprocessor") or {}
-    backbone: dict[str, Any] = {"type": "rice_eval.Encoder", "name": name}
-    if weights is not None:
-        backbone["weights"] = str(weights)
-    backbone.update({k: list(normalised[k]) for k in ("mean", "std") if normalised.get(k) is not None})
-    if several:
-        backbone["scales"] = list(PYRAMID)
     width = load_encoder(name, weights=weights).facts.widths[-1]
     for head in heads:
         if isinstance(head.get("in_index"), (list, tuple)):
@@ -123,13 +99,14 @@ def with_encoder(config: Config, name: str, weights: Path | None = None) -> tupl
             head["in_channels"], head["in_index"] = width, 2 if several else 0
             if head.get("num_convs") == 0:
                 head["channels"] = width  # mmseg's FCNHead without convolutions asks for as many
-    model["backbone"] = backbone
+    scales = {"scales": list(PYRAMID)} if several else {}
+    model["backbone"] = backbone_config(model, "Encoder", name, weights, **scales)
     model["pretrained"] = None
     maps = f"a pyramid of its last layer at {', '.join(map(str, PYRAMID))}" if several else "its last layer"
     return (f"the config's backbone {old} gave way to {name}; heads read {maps}",)
 
 
-def heads_of(model: Any) -> list[Any]:
+def _heads(model: Any) -> list[Any]:
     """The decode and auxiliary heads of a model's config."""
     found = []
     for name in ("decode_head", "auxiliary_head"):
@@ -138,51 +115,39 @@ def heads_of(model: Any) -> list[Any]:
     return [head for head in found if head is not None]
 
 
-def run_config(
-    path: Path,
-    work_dir: Path,
-    *,
-    train: bool = True,
-    options: dict[str, Any] | None = None,
-    encoder: str | None = None,
-    weights: Path | None = None,
-) -> MmsegResult:
-    """Train (where the config says how, unless ``train`` is off) and test a config unchanged but for one more evaluator.
+def _evaluator(config: Config) -> dict[str, Any]:
+    ignore = next((e.get("ignore_index", 255) for e in config.test_evaluator), 255)
+    return {"type": "rice_eval.Areas", "ignore_index": ignore}
 
-    Args:
-        path: the config; its backbone may be ``dict(type="rice_eval.Encoder", name=...)``.
-        work_dir: where mmengine writes.
-        train: off to test the weights of the config's ``load_from``.
-        options: values set in the config first, by dotted key, as mmseg's ``--cfg-options``.
-        encoder: an encoder that takes the place of the config's backbone, see ``with_encoder``.
-        weights: a checkpoint for it.
 
-    Raises:
-        UsageError: a config that can't be read, or one without a test.
-    """
-    try:
-        config = Config.fromfile(str(path))
-    except (OSError, SyntaxError, ValueError, KeyError, ImportError) as error:
-        raise UsageError(f"--config {path}: can't be read ({error})", "give an mmseg config") from error
-    config.merge_from_dict(options or {})
-    config.work_dir = str(work_dir)
-    notes = with_encoder(config, encoder, weights) if encoder is not None else ()
-    if config.get("test_dataloader") is None or config.get("test_evaluator") is None or config.get("test_cfg") is None:
-        raise UsageError(f"--config {path}: has no test", "it needs test_dataloader, test_evaluator and test_cfg")
-    given = config.test_evaluator if isinstance(config.test_evaluator, list) else [config.test_evaluator]
-    ignore = next((e.get("ignore_index", 255) for e in given), 255)
-    config.test_evaluator = [*given, {"type": "rice_eval.Areas", "ignore_index": ignore}]
-    text = str(config.pretty_text)
-    runner = Runner.from_cfg(config)
-    seconds = {}
-    if train and config.get("train_cfg") is not None:
-        start = time.perf_counter()
-        runner.train()
-        seconds["fit"] = time.perf_counter() - start
-    start = time.perf_counter()
-    metrics = {str(k): float(v) for k, v in runner.test().items()}
-    seconds["predict"] = time.perf_counter() - start
-    ours = next(m for m in runner.test_evaluator.metrics if isinstance(m, Areas))
-    if ours.statistics is None:
-        raise UsageError(f"--config {path}: its test split has no images", "check the config's paths")
-    return MmsegResult(ours.statistics, metrics, text, seconds, runner, notes)
+def _blank(model: Any) -> None:
+    for head in _heads(model):
+        head.in_channels = "ENCODER"
+        if head.get("num_convs") == 0:
+            head.channels = "ENCODER"
+
+
+def _fingerprint(dataset: Any) -> str:
+    """sha256 over names and sizes of images, bytes of label maps, classes and the label shift."""
+    parts: list[tuple[str, Path | bytes]] = []
+    for index in range(len(dataset)):
+        info = dataset.get_data_info(index)
+        parts.append(image_part(info))
+        if labels := info.get("seg_map_path"):
+            parts.append((Path(labels).name, Path(labels)))
+    facts = {"classes": dataset.metainfo.get("classes"), "shift": bool(getattr(dataset, "reduce_zero_label", False))}
+    return files_fingerprint(parts, facts)
+
+
+_MMSEG = Engine(
+    MmsegConfig,
+    version=mmseg.__version__,
+    backbone="Encoder",
+    replace=with_encoder,
+    evaluator=_evaluator,
+    blank=_blank,
+    fingerprint=_fingerprint,
+    nothing=("no test image has a labelled pixel", "check the config's paths and labels"),
+)
+
+run_config, evaluate_config = _MMSEG.run, _MMSEG.evaluate

@@ -22,8 +22,7 @@ from rice_eval.results.validate import validate
 pytest.importorskip("mmdet.registry", reason="mmdet is not installed (pip install 'rice-eval[openmmlab]')")
 from mmengine.config import Config
 
-from rice_eval.openmmlab.detection import StridedBackbone, run_detection, with_strides
-from rice_eval.openmmlab.detection_record import evaluate_detection
+from rice_eval.openmmlab.detection import StridedBackbone, evaluate_detection, run_detection, with_strides
 
 CONFIG = """
 default_scope = "mmdet"

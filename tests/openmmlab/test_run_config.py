@@ -21,8 +21,7 @@ from rice_eval.results.validate import validate
 pytest.importorskip("mmseg.registry", reason="mmseg is not installed")
 from mmengine.config import Config
 
-from rice_eval.openmmlab.record import evaluate_config
-from rice_eval.openmmlab.run import run_config, with_encoder
+from rice_eval.openmmlab.run import evaluate_config, run_config, with_encoder
 
 CONFIG = """
 default_scope = "mmseg"
@@ -73,7 +72,7 @@ def test_our_statistics_equal_its_metric(config: Path, tmp_path: Path):
     point = result.statistics.point()
     assert result.metrics["mIoU"] == pytest.approx(point["miou"], abs=0.0051)  # it rounds to two places
     assert result.metrics["aAcc"] == pytest.approx(point["pixel_accuracy"], abs=0.0051)
-    assert "random-vit-s-14" in result.config
+    assert "random-vit-s-14" in result.runner.cfg.pretty_text
     assert set(result.seconds) == {"fit", "predict"}
 
 
