@@ -147,7 +147,7 @@ def averages(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Averages over benchmarks, from cells: of your records, or of RICE's Table 1 as printed."""
+    """Averages over benchmarks, from cells: of your records, or of RICE's Table 1 beside the averages printed with it."""
     from rice_eval.cli.tables import print_table
     from rice_eval.mllm.averages import averages_of_records, table_1
 
@@ -158,9 +158,13 @@ def averages(
                 "encoder": f"{r.encoder} {r.arch}",
                 "px": r.resolution,
                 "model": r.protocol,
-                "rice-ocr-avg": round(r.ocr, 2),
-                "rice-other-avg": round(r.other, 2),
-                "rice-other-avg, cognition / 6": round(r.other_printed_rule, 2),
+                "ocr": round(r.ocr, 2),
+                "ocr printed": r.ocr_printed,
+                "ocr reprinted": r.ocr_reprinted,
+                "other": round(r.other, 2),
+                "other reprinted": r.other_reprinted,
+                "other, cognition / 6": round(r.other_printed_rule, 2),
+                "other printed": r.other_printed,
             }
             for r in table_1()
         ]

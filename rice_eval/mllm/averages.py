@@ -1,8 +1,10 @@
 """Averages over benchmarks, always from cells: the formulas of the RICE paper's main table.
 
 The caption of Table 1 (arXiv 2507.20025v1) scales the cells that are no percentages before the mean is taken: OCRBench's
-thousand by 10, MME's cognition score (800 at most) by 8, its perception score (2000) by 20. The averages printed in the paper
-itself come out with cognition divided by 6.
+thousand by 10, MME's cognition score (800 at most) by 8, its perception score (2000) by 20. The averages printed in the same
+table come out with cognition divided by 6. Where the authors print the table again (LLaVA-OneVision-1.5, arXiv 2509.23661v3,
+Table 2), its averages follow the caption, over cells rounded to one decimal. Both sets of printed averages are kept with their
+sources in ``results/published`` and stand beside the recomputed ones.
 """
 
 from __future__ import annotations
@@ -89,6 +91,8 @@ GROUPS: dict[str, Group] = {
 PRINTED_RULE = {"MME_Cog": 6.0}
 """Where the paper's printed averages divide by another number than its caption says."""
 
+_CELLS, _PRINTED, _REPRINTED = "rice-table-1.csv", "rice-table-1-averages.csv", "llava-onevision-1.5-table-2.csv"
+
 
 def group(name: str) -> Group:
     """The group ``name``; NotFoundError with close names otherwise."""
@@ -121,7 +125,15 @@ def average(
 
 @dataclass(frozen=True)
 class TableRow:
-    """A row of the paper's table: who, and its averages by the caption's formula and by the printed one's."""
+    """A row of the paper's table: who, its averages recomputed from the printed cells, and the averages that are printed.
+
+    Attributes:
+        encoder, arch, resolution, protocol: as printed.
+        ocr, other: recomputed by the caption's formula.
+        other_printed_rule: recomputed by the rule of the table's own averages (``PRINTED_RULE``).
+        ocr_printed, other_printed: in the paper's columns OCRAvg and OtherAvg.
+        ocr_reprinted, other_reprinted: in Table 2 of the LLaVA-OneVision-1.5 paper, one decimal; None where it has no such row.
+    """
 
     encoder: str
     arch: str
@@ -130,24 +142,32 @@ class TableRow:
     ocr: float
     other: float
     other_printed_rule: float
+    ocr_printed: float | None
+    other_printed: float | None
+    ocr_reprinted: float | None
+    other_reprinted: float | None
 
 
 def table_1(published: Iterable[Reference] | None = None) -> list[TableRow]:
-    """Averages of every complete row of RICE's Table 1, recomputed from its printed cells, in the table's order."""
+    """Every complete row of RICE's Table 1, in the table's order: averages recomputed from its cells beside printed ones."""
     rows: dict[tuple[str, str, int | None, str], dict[str, float]] = {}
+    averages: dict[tuple[tuple[str, str, int | None, str], str, str], float] = {}
     for reference in published if published is not None else load_published():
-        if reference.file == "rice-table-1.csv":
-            key = (reference.encoder, reference.arch, reference.resolution, reference.protocol)
+        key = (reference.encoder, reference.arch, reference.resolution, reference.protocol)
+        if reference.file == _CELLS:
             rows.setdefault(key, {})[reference.benchmark] = reference.value
+        elif reference.file in (_PRINTED, _REPRINTED):
+            averages[key, reference.file, reference.benchmark] = reference.value
     out = []
-    for (encoder, arch, resolution, protocol), printed in rows.items():
+    for key, printed in rows.items():
         means = {}
         for name, rule in (("rice-ocr-avg", None), ("rice-other-avg", None), ("rice-other-avg", PRINTED_RULE)):
             cells = {(c.task, c.metric): printed[c.printed] for c in GROUPS[name].cells if c.printed in printed}
             means[name, rule is not None] = average(GROUPS[name], cells, rule)
         ocr, other, by_six = means["rice-ocr-avg", False], means["rice-other-avg", False], means["rice-other-avg", True]
         if ocr is not None and other is not None and by_six is not None:
-            out.append(TableRow(encoder, arch, resolution, protocol, ocr, other, by_six))
+            told = [averages.get((key, file, b)) for file in (_PRINTED, _REPRINTED) for b in ("OCRAvg", "OtherAvg")]
+            out.append(TableRow(*key, ocr, other, by_six, *told))
     return out
 
 

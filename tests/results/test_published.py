@@ -23,13 +23,13 @@ FOLDER = data_root() / "results" / "published"
 
 def test_every_file_fits_the_schema_and_holds_one_source() -> None:
     numbers = load_published()
-    assert len(numbers) == 864
+    assert len(numbers) == 914
     by_file: dict[str, set[str]] = {}
     for number in numbers:
         by_file.setdefault(number.file, set()).add(number.source)
-    assert len(by_file) == 20
+    assert len(by_file) == 22
     assert all(len(sources) == 1 for sources in by_file.values())
-    assert len({s for sources in by_file.values() for s in sources}) == 20
+    assert len({s for sources in by_file.values() for s in sources}) == 22
 
 
 def test_no_number_is_there_twice() -> None:
