@@ -11,16 +11,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rice_eval.cards import TaskCard, catalogue
+from rice_eval import __version__
+from rice_eval.cards import LmmsCard, TaskCard, catalogue
 from rice_eval.datasets import load_dataset
 from rice_eval.datasets.base import Dataset
 from rice_eval.datasets.subset import Subset
 from rice_eval.environment import describe, peak_memory_mb
 from rice_eval.errors import PlanError, UsageError
+from rice_eval.mllm.judge import prompts_sha256, samples_text, statistics_of
+from rice_eval.mllm.judge_lmms import ask_lmms
 from rice_eval.mllm.lm_identity import lm_identity
 from rice_eval.mllm.lmms import LmmsRun, check_online, python_for, run_lmms
 from rice_eval.mllm.lmms_scores import scored
-from rice_eval.mllm.lmms_task import write_task
+from rice_eval.mllm.lmms_task import TASK_VERSION, write_task
+from rice_eval.mllm.loaded import ask_here, controls_of
+from rice_eval.mllm.vqa import asked
 from rice_eval.registry import did_you_mean
 from rice_eval.results.bootstrap import KIND, intervals
 from rice_eval.results.record import (
@@ -44,7 +49,10 @@ RECIPES = ("perception-probe",)
 """Recipes that train here, on tokens of the bank; ``llava-next`` trains under torchrun and is then judged with ``--model``."""
 
 PROTOCOL, PROTOCOL_VERSION = "lmms-eval", 1
-"""Id of records of models that were judged and not trained here."""
+"""Id of records of models that were judged on lmms-eval's benchmarks, and not trained here."""
+
+EMBEDDED, EMBEDDED_VERSION = "short-answers", 1
+"""Id of records of models that were judged on an embedded task, by whichever judge: both put the same questions."""
 
 _RESAMPLES = 2000
 
@@ -140,6 +148,7 @@ def judge_model(
     model: str,
     tasks: Sequence[str],
     *,
+    judge: str = "auto",
     lmms_python: Path | None = None,
     results: Path | str = "results",
     device: str = "cpu",
@@ -147,24 +156,27 @@ def judge_model(
     processes: int = 1,
     include: tuple[Path, ...] = (),
 ) -> list[Result]:
-    """Judge a model that is there by lmms-eval: with its images, and blind.
+    """Judge a model that is there: with its images, blind, and, where it is a trained probe, with the mean image.
 
     Args:
-        model: a trained probe's ``.files`` folder, or a LLaVA checkpoint.
+        model: a trained probe's ``.files`` folder, a folder of ``rice-eval mllm llava``, or a LLaVA checkpoint.
         tasks: names of task cards of kind ``mllm``.
+        judge: ``auto`` (lmms-eval where it is installed), ``rice-eval`` (embedded tasks alone), or ``lmms-eval``.
         lmms_python: interpreter of the environment that has lmms-eval; this one by default.
         results: folder that records go to.
         device: torch device.
         limit: only the first so many documents (or, of an embedded task, images).
-        processes: data-parallel processes.
+        processes: data-parallel processes of lmms-eval.
         include: folders with more cards.
 
     Raises:
         PlanError: a task that lmms-eval does not have, or that needs a network which is switched off.
-        MissingExtraError: lmms-eval is not installed.
+        MissingExtraError: lmms-eval is asked for, or needed by a task, and is not installed.
+        CheckpointError: the model can't be loaded.
     """
     cards = catalogue(include)
     chosen = [cards.task(name) for name in tasks]
+    benchmarks = [card for card in chosen if card.lmms is not None]
     for card in chosen:
         if card.kind != "mllm":
             raise UsageError(f"task '{card.name}' is of kind {card.kind}", "choose one of kind mllm")
@@ -172,67 +184,130 @@ def judge_model(
             if card.lmms.task is None:
                 raise PlanError(f"lmms-eval has no task for '{card.name}'", card.note or "choose another task")
             check_online(card.name, card.lmms.network)
-    if not Path(model).exists() and model.count("/") != 1:
+    if not Path(model).expanduser().exists() and model.count("/") != 1:
         raise UsageError(
             f"--model {model}: no such folder", "give a trained probe's .files folder or a LLaVA checkpoint"
         )
-    python = python_for(lmms_python)
+    python = _judge_python(judge, lmms_python)
+    if python is None and benchmarks:
+        if judge == "rice-eval":
+            raise PlanError(f"task '{benchmarks[0].name}' is a benchmark of lmms-eval", "leave --judge rice-eval out")
+        python = python_for(None)
+    if python is None and processes > 1:
+        raise UsageError(f"--processes {processes} are lmms-eval's", "install it, or name its python by --lmms-python")
     store = ResultStore(results)
     store.check_writable()
     out = []
     for card in chosen:
-        path = _judge_one(model, card, python, store, device, limit, processes)
+        if card.lmms is None:
+            path = _judge_embedded(model, card, python, store, device, limit, processes)
+        else:
+            assert python is not None
+            path = _judge_benchmark(model, card, card.lmms, python, store, device, limit, processes)
         out.append(Result(store.load(path), path))
     return out
 
 
-def _judge_one(
-    model: str, card: TaskCard, python: Path, store: ResultStore, device: str, limit: int | None, processes: int
+def _judge_embedded(
+    model: str, card: TaskCard, python: Path | None, store: ResultStore, device: str, limit: int | None, processes: int
+) -> Path:
+    """Both judges put the same questions and leave the same record but for ``judge``."""
+    start = time.perf_counter()
+    test = _embedded(card, card.test, limit)
+    questions = asked(test)
+    if python is None:
+        samples, facts = ask_here(model, test, questions, device)
+        told = {"name": "rice-eval", "version": __version__, "task": test.name, "task_version": str(TASK_VERSION)}
+        told |= {"task_hash": test.fingerprint[:16]}
+    else:
+        with tempfile.TemporaryDirectory(prefix="rice-eval-judge-") as name:
+            args = {"model": model, "device": device, "facts": str(Path(name) / "facts.json")}
+            samples, told = ask_lmms(python, test, questions, args, controls_of(model), processes)
+            facts = json.loads((Path(name) / "facts.json").read_text(encoding="utf-8"))
+    statistics = statistics_of(samples, [test.image_id(i) for i in range(len(test))])
+    bounds = intervals(statistics, resamples=_RESAMPLES)
+    metrics = {name: _metric(value, bounds.get(name), True) for name, value in statistics.point().items()}
+    entry = JudgeEntry(**told, prompts_sha256=prompts_sha256(samples[""]), questions=len(questions))
+    protocol = _protocol(EMBEDDED, EMBEDDED_VERSION, facts, {"task_version": str(TASK_VERSION), "limit": limit})
+    record = _record(card, facts, protocol, metrics, entry, test.fingerprint, len(test), device)
+    record = record.model_copy(update={"seconds": {"total": round(time.perf_counter() - start, 3)}})
+    return store.save(record, statistics, {"samples.jsonl": samples_text(samples).encode()})
+
+
+def _judge_benchmark(
+    model: str,
+    card: TaskCard,
+    lmms: LmmsCard,
+    python: Path,
+    store: ResultStore,
+    device: str,
+    limit: int | None,
+    processes: int,
 ) -> Path:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="rice-eval-judge-") as name:
-        folder = Path(name)
-        include, task = None, card.lmms.task if card.lmms is not None else ""
-        if card.lmms is None:
-            task = card.dataset.replace("-", "_")
-            include = write_task(_embedded(card, card.test, limit), folder / "task", task)
         runs: dict[str, LmmsRun] = {}
-        for control in ("", "blind"):
-            args = {"model": model, "device": device, "facts": str(folder / "facts.json")}
+        for control in controls_of(model):
+            args = {"model": model, "device": device, "facts": str(Path(name) / "facts.json")}
             args |= {"control": control} if control else {}
-            documents = limit if card.lmms is not None else None
-            runs[control] = run_lmms(python, args, str(task), include=include, limit=documents, processes=processes)
-        facts: dict[str, Any] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    record, statistics = _record(card, facts, runs, limit)
-    record = record.model_copy(update={"seconds": {"total": round(time.perf_counter() - start, 3)}})
-    logs = {f"samples{'-' + c if c else ''}.jsonl": run.log for c, run in runs.items()}
-    return store.save(record, statistics, logs)
-
-
-def _record(card: TaskCard, facts: Mapping[str, Any], runs: Mapping[str, LmmsRun], limit: int | None) -> Any:
+            runs[control] = run_lmms(python, args, str(lmms.task), limit=limit, processes=processes)
+        facts: dict[str, Any] = json.loads((Path(name) / "facts.json").read_text(encoding="utf-8"))
     seen = runs[""]
     values, statistics = scored(card, runs)
     bounds = intervals(statistics, resamples=_RESAMPLES) if statistics is not None else {}
+    metrics = {name: _metric(value, bounds.get(name), percent) for name, (value, percent) in values.items()}
     settings = {
-        "lm": facts["lm"],
-        "tuned": facts["tuned"],
-        "tiles": facts["mllm"]["tiles"],
         "lmms_eval": seen.version,
         "task": seen.task,
         "task_version": seen.task_version,
         "task_hash": seen.task_hash,
         "limit": limit,
     }
-    metrics = {}
-    for name, (value, percent) in values.items():
-        low, high = bounds.get(name, (None, None))
-        known = low is not None and low == low
-        metrics[name] = Metric(
-            value=value, low=low if known else None, high=high if known else None, unit="%" if percent else ""
-        )
+    protocol = _protocol(PROTOCOL, PROTOCOL_VERSION, facts, settings)
+    entry = JudgeEntry(
+        name="lmms-eval",
+        version=seen.version,
+        task=seen.task,
+        task_version=seen.task_version,
+        task_hash=seen.task_hash,
+        prompts_sha256=seen.prompts_sha256,
+        questions=len(seen.samples),
+    )
     documents = seen.documents_hash or seen.prompts_sha256
-    warnings = () if statistics is not None else ("no interval: the metric is no mean over documents",)
-    record = Record(
+    record = _record(card, facts, protocol, metrics, entry, documents, len(seen.samples), device)
+    if statistics is None:
+        record = record.model_copy(
+            update={"interval": None, "warnings": ("no interval: the metric is no mean over documents",)}
+        )
+    record = record.model_copy(update={"seconds": {"total": round(time.perf_counter() - start, 3)}})
+    logs = {f"samples{'-' + c if c else ''}.jsonl": run.log for c, run in runs.items()}
+    return store.save(record, statistics, logs)
+
+
+def _protocol(name: str, version: int, facts: Mapping[str, Any], settings: Mapping[str, Any]) -> ProtocolEntry:
+    """What separates records: of the model its language model, tuned parts and tiles, not the encoder; and the task's settings."""
+    told = {"lm": facts["lm"], "tuned": facts["tuned"], "tiles": facts["mllm"]["tiles"], **settings}
+    return ProtocolEntry(id=name, hash=settings_hash(name, version, told), settings=told, version=version)
+
+
+def _metric(value: float, bounds: tuple[float, float] | None, percent: bool) -> Metric:
+    low, high = bounds if bounds is not None and bounds[0] == bounds[0] else (None, None)
+    return Metric(value=value, low=low, high=high, unit="%" if percent else "")
+
+
+def _record(
+    card: TaskCard,
+    facts: Mapping[str, Any],
+    protocol: ProtocolEntry,
+    metrics: Mapping[str, Metric],
+    judge: JudgeEntry,
+    documents: str,
+    count: int,
+    device: str,
+) -> Record:
+    """A judged model's record; ``documents`` tells what was asked, ``count`` over how many images or documents."""
+    tiles = facts["mllm"]["tiles"]
+    return Record(
         created=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         encoder=EncoderEntry(**facts["encoder"], weights=None),
         task=TaskEntry(
@@ -245,21 +320,16 @@ def _record(card: TaskCard, facts: Mapping[str, Any], runs: Mapping[str, LmmsRun
             train_fingerprint="",
             test_fingerprint=documents,
             n_train=0,
-            n_test=len(seen.samples),
+            n_test=count,
             classes=(),
             license=card.license,
         ),
-        protocol=ProtocolEntry(
-            id=PROTOCOL,
-            hash=settings_hash(PROTOCOL, PROTOCOL_VERSION, settings),
-            settings=settings,
-            version=PROTOCOL_VERSION,
-        ),
+        protocol=protocol,
         metric=card.metric,
-        metrics=metrics,
-        interval=IntervalEntry(kind=KIND, level=0.95, resamples=_RESAMPLES) if statistics is not None else None,
+        metrics=dict(metrics),
+        interval=IntervalEntry(kind=KIND, level=0.95, resamples=_RESAMPLES),
         per_class={},
-        view=str(facts["mllm"]["tiles"].get("single", facts["mllm"]["tiles"]["kind"])),
+        view=str(tiles.get("view", tiles["kind"])),
         layers=tuple(facts["mllm"]["layers"]),
         norm=bool(facts["mllm"]["norm"]),
         seeds=(0,),
@@ -271,17 +341,7 @@ def _record(card: TaskCard, facts: Mapping[str, Any], runs: Mapping[str, LmmsRun
         bank=None,
         seconds={},
         peak_memory_mb=peak_memory_mb(),
-        environment=Environment.model_validate(describe("cpu", 1)),
+        environment=Environment.model_validate(describe(device, 1)),
         statistics=None,
-        judge=JudgeEntry(
-            name="lmms-eval",
-            version=seen.version,
-            task=seen.task,
-            task_version=seen.task_version,
-            task_hash=seen.task_hash,
-            prompts_sha256=seen.prompts_sha256,
-            questions=len(seen.samples),
-        ),
-        warnings=warnings,
+        judge=judge,
     )
-    return record, statistics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,8 @@ from rice_eval.errors import UsageError
 
 __all__ = ["register"]
 
-RECIPES = ("perception-probe",)
+TRAINING = ("lm", "recipe", "setting", "bank", "batch_size", "limit_train", "trust_remote_code")
+"""Options that say how a projector is trained: none of them means anything beside ``--model``."""
 
 
 def register(app: typer.Typer) -> None:
@@ -88,9 +90,11 @@ def evaluate(
             raise UsageError("--model is a whole model and takes no --encoder", "give one of the two")
         from rice_eval.mllm_run import judge_model
 
+        _refuse_given(context, TRAINING, "says how a projector is trained, and --model trains none")
         done = judge_model(
             model,
             names,
+            judge=judge,
             lmms_python=lmms_python,
             results=results,
             device=device,
@@ -101,6 +105,7 @@ def evaluate(
     else:
         if not encoder:
             raise UsageError("no encoder is given", "add --encoder NAME, or --model for a trained model")
+        _refuse_given(context, ("processes",), "is for judging with --model")
         from rice_eval.mllm_run import train_and_judge
 
         done = train_and_judge(
@@ -126,6 +131,13 @@ def evaluate(
         for label, path in publish(results).items():
             if not as_json:
                 typer.echo(f"{label}: {path}")
+
+
+def _refuse_given(context: typer.Context, names: Sequence[str], why: str) -> None:
+    """Refuse options that were given and would do nothing."""
+    for parameter in context.command.params:
+        if parameter.name in names and str(context.get_parameter_source(parameter.name)).endswith("COMMANDLINE"):
+            raise UsageError(f"{parameter.opts[0]} {why}", "leave it out")
 
 
 def task(

@@ -14,6 +14,7 @@ protocol. Every tensor of the file must find its place, and every place a tensor
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -223,11 +224,21 @@ def _find(name: str) -> str | Path:
 
 
 def _request(name: str) -> LoadRequest:
+    """The tower as an encoder of its own: named after the model, which is all that is known of it."""
+    place = Path(name).expanduser()
+    model = place.resolve().name if place.exists() else name.rsplit("/", 1)[-1]
+    plain = re.sub(r"[^a-z0-9.\-]+", "-", model.lower()).strip("-.")
     card = EncoderCard(
-        name="tower", source=SourceCard.model_validate({"hub": name}), arch="as loaded", patch=1, resolution=1
+        name=f"{plain}-tower" if plain else "tower",
+        source=SourceCard.model_validate({"hub": name}),
+        arch="as loaded",
+        patch=1,
+        resolution=1,
     )
     return LoadRequest(
-        card, FamilyCard(family="mllm", title="tower of a multimodal model", adapter="mllm", encoders=(card,))
+        card,
+        FamilyCard(family="mllm", title="tower of a multimodal model", adapter="mllm", encoders=(card,)),
+        weights=place if place.exists() else None,
     )
 
 

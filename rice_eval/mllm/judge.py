@@ -16,7 +16,7 @@ import numpy as np
 from rice_eval.errors import DataError
 from rice_eval.metrics.statistics import RatioStatistics
 from rice_eval.mllm.answer import answer
-from rice_eval.mllm.conversation import Encoded, Request
+from rice_eval.mllm.conversation import Picture, Request
 from rice_eval.mllm.model import Mllm
 from rice_eval.mllm.score import exact
 from rice_eval.mllm.vqa import Asked
@@ -53,7 +53,7 @@ class Sample:
 def ask_all(
     mllm: Mllm,
     questions: Sequence[Asked],
-    images: Callable[[int], Encoded] | None,
+    images: Callable[[int], Picture] | None,
     system: str | None,
     advance: Callable[[int], None] = lambda n: None,
 ) -> list[Sample]:
@@ -62,12 +62,12 @@ def ask_all(
     Args:
         mllm: the model.
         questions: image by image.
-        images: index of an image -> its tokens; None leaves images out.
+        images: index of an image -> the image or its tokens; None leaves images out.
         system: the system message.
         advance: called with the number of questions answered.
     """
     requests = []
-    shown: tuple[int, Encoded] | None = None
+    shown: tuple[int, Picture] | None = None
     for q in questions:
         if images is not None and (shown is None or shown[0] != q.index):
             shown = (q.index, images(q.index))

@@ -15,7 +15,7 @@ from rice_eval.mllm.lmms import answers_of, python_for, run_lmms
 from rice_eval.mllm.lmms_task import write_task
 from rice_eval.mllm.vqa import Asked
 
-__all__ = ["judged_by_lmms"]
+__all__ = ["ask_lmms", "judged_by_lmms"]
 
 
 def judged_by_lmms(
@@ -25,14 +25,39 @@ def judged_by_lmms(
     bundle: Mapping[str, bytes],
     progress: Callable[[str, int], Callable[[int], None]],
 ) -> tuple[dict[str, list[Sample]], dict[str, Any]]:
-    """Every control through lmms-eval's command line.
+    """Every control of a probe that was just trained; see ``ask_lmms``.
+
+    Args:
+        python: interpreter of the environment that has lmms-eval.
+        test: the split.
+        questions: of the split, in its order.
+        bundle: files of the trained probe.
+        progress: opens a bar.
+    """
+    with tempfile.TemporaryDirectory(prefix="rice-eval-model-") as folder:
+        model = write_bundle(Path(folder) / "model", bundle)
+        return ask_lmms(python, test, questions, {"model": str(model)}, advance=progress("lmms-eval", len(CONTROLS)))
+
+
+def ask_lmms(
+    python: Path,
+    test: Dataset,
+    questions: Sequence[Asked],
+    model_args: Mapping[str, str],
+    controls: Sequence[str] = CONTROLS,
+    processes: int = 1,
+    advance: Callable[[int], None] = lambda n: None,
+) -> tuple[dict[str, list[Sample]], dict[str, Any]]:
+    """Put an embedded split's questions through lmms-eval's command line.
 
     Args:
         python: interpreter of the environment that has lmms-eval.
         test: the split, written as a local task.
         questions: of the split, in its order.
-        bundle: files of the trained probe.
-        progress: opens a bar.
+        model_args: of ``rice_eval.mllm.lmms_model.RiceEval``, but the control.
+        controls: those to run, one after the other.
+        processes: data-parallel processes.
+        advance: called after each control.
 
     Returns:
         control -> samples, and the record's ``judge``.
@@ -46,12 +71,10 @@ def judged_by_lmms(
     samples: dict[str, list[Sample]] = {}
     told: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="rice-eval-task-") as folder:
-        task = write_task(test, Path(folder) / "task", name)
-        model = write_bundle(Path(folder) / "model", bundle)
-        advance = progress("lmms-eval", len(CONTROLS))
-        for control in CONTROLS:
-            args = {"model": str(model), **({"control": control} if control else {})}
-            run = run_lmms(chosen, args, name, include=task)
+        task = write_task(test, Path(folder), name)
+        for control in controls:
+            args = {**model_args, **({"control": control} if control else {})}
+            run = run_lmms(chosen, args, name, include=task, processes=processes)
             answers = answers_of(run)
             if len(answers) != len(questions):
                 raise DataError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -103,9 +104,7 @@ def run_lmms(
     task: str,
     *,
     include: Path | None = None,
-    batch_size: int = 1,
     limit: int | None = None,
-    threads: int | None = None,
     processes: int = 1,
 ) -> LmmsRun:
     """Run lmms-eval's own command line with ``--model rice_eval``.
@@ -115,9 +114,7 @@ def run_lmms(
         model_args: of ``rice_eval.mllm.lmms_model.RiceEval``.
         task: id of one task.
         include: folder with tasks of one's own.
-        batch_size: requests a batch.
         limit: only the first so many documents.
-        threads: torch threads; the environment's own by default.
         processes: data-parallel processes on this machine, started by accelerate.
 
     Raises:
@@ -139,8 +136,8 @@ def run_lmms(
             ",".join(f"{k}={v}" for k, v in model_args.items()),
             "--tasks",
             task,
-            "--batch_size",
-            str(batch_size),
+            "--batch_size",  # questions of one image run together whatever it is
+            "1",
             "--log_samples",
             "--output_path",
             str(out / "out"),
@@ -149,10 +146,10 @@ def run_lmms(
         command += ["--limit", str(limit)] if limit is not None else []
         env = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
         if include is not None:
-            # Local files alone: nothing is asked of a hub, and nothing stays in the user's cache.
-            env |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(out / "cache")}
-        if threads is not None:
-            env["OMP_NUM_THREADS"] = str(threads)
+            # Local files alone: no data are asked of a hub, and nothing stays in the user's cache.
+            env |= {"HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(out / "cache")}
+            if Path(model_args.get("model", "")).expanduser().exists():
+                env["HF_HUB_OFFLINE"] = "1"
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         return _read(out / "out", task, version, done)
 
@@ -169,13 +166,14 @@ def _read(out: Path, task: str, version: str, done: subprocess.CompletedProcess[
     samples = [json.loads(line) for line in log.decode("utf-8").splitlines() if line.strip()]
     samples.sort(key=lambda s: int(s.get("doc_id", 0)))
     config = told.get("configs", {}).get(task, {})
-    # Paths of this run are no part of what the task is.
+    # Paths of this run are no part of what the task is, nor are the places in memory that functions are printed with.
     kept = {k: v for k, v in config.items() if k not in ("dataset_kwargs", "model_specific_generation_kwargs")}
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", json.dumps(kept, sort_keys=True, default=str))
     return LmmsRun(
         version=version,
         task=task,
         task_version=str(told.get("versions", {}).get(task, "")),
-        task_hash=hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16],
+        task_hash=hashlib.sha256(text.encode()).hexdigest()[:16],
         documents_hash=str(told.get("task_hashes", {}).get(task, "")),
         scores=_scores(told.get("results", {}).get(task, {})),
         samples=tuple(samples),
