@@ -156,7 +156,7 @@ def make_plan(
     for encoder in encoders:
         if encoder.name in cards.encoders or ":" not in encoder.name:
             cards.encoder(encoder.name)
-        if encoder.weights is not None and not any(encoder.weights.parent.glob(encoder.weights.name)):
+        if encoder.weights is not None and not _there(encoder.weights):
             raise UsageError(f"--weights {encoder.weights}: no such file or folder", "check the path")
     for task in tasks:
         chosen = [_protocol(task.card, pid, view, settings or {}) for pid in (protocol_ids or (task.card.protocol,))]
@@ -168,6 +168,11 @@ def make_plan(
         jobs += [Job(encoder, task, protocol) for encoder in encoders for protocol in chosen]
     jobs.sort(key=lambda job: list(encoders).index(job.encoder))
     return Plan(tuple(jobs), opened, tuple(include))
+
+
+def _there(weights: Path) -> bool:
+    """Whether a checkpoint exists: a file, a folder, or a pattern that fits the parts of one."""
+    return weights.exists() or bool(weights.name and any(weights.parent.glob(weights.name)))
 
 
 def _protocol(card: TaskCard, protocol_id: str, view: str | None, settings: Mapping[str, Any]) -> Protocol:

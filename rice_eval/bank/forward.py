@@ -224,8 +224,7 @@ class Forward:
         if launched.ready is not None:
             launched.ready.synchronize()
         if not bool(launched.sound.all()):
-            for slot in launched.slots:
-                self._examine(slot)
+            self._alarm(launched)
         for row, slot in enumerate(launched.slots):
             part, count = parts[slot.image.index], len(slot.image.frames)
             for layer, values in launched.values.items():
@@ -236,6 +235,23 @@ class Forward:
             if launched.cls is not None:
                 part.cls = part.cls or [None] * count
                 part.cls[slot.frame] = launched.cls[row]
+
+    def _alarm(self, launched: _Launched) -> None:
+        """Look closely at a batch whose sums are NaN or Inf; BankError where a token is, not where large tokens only add up to it."""
+        for slot in launched.slots:
+            self._examine(slot)
+        # By itself every frame is sound; what counts is what would be stored.
+        stored = [(f"layer {layer}", t) for layer, t in {**launched.values, **launched.scales}.items()]
+        if launched.cls is not None:
+            stored.append((f"the class token of layer {max(self._key.layers)}", launched.cls))
+        for name, tokens in stored:
+            for slot, row in zip(launched.slots, tokens):
+                if not bool(row.isfinite().all()):
+                    raise BankError(
+                        f"encoder '{self._encoder.name}', image '{slot.image.name}', {name}: the tokens are NaN or Inf "
+                        f"in a batch of {len(launched.slots)}, and sound alone",
+                        "run with --batch-size 1, and check the encoder",
+                    )
 
     def _examine(self, slot: _Slot) -> None:
         """Look closely at one frame of a batch that gave the alarm; BankError names what is wrong."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rice_eval.adapters.base import EncoderFacts
 from rice_eval.bank.key import BankKey
 from rice_eval.bank.manifest import Manifest
@@ -44,6 +46,7 @@ class Ledger:
         self.store, self.skip_bad = store, skip_bad
         self._manifest: Manifest | None = None
         self._mapped: dict[int, MappedShard] = {}
+        self._wrong: dict[int, str] = {}
         self.view = View.parse(key.view)
         about = {"encoder": facts.name, "dataset": dataset.name, "split": dataset.split}
         count = len(dataset)
@@ -56,15 +59,18 @@ class Ledger:
         """Choose the entry that serves the request; it is made on disk only when the first shard is written."""
         entry = bank.best(self._blank.key, self._blank.images)
         manifest = entry.manifest()
+        if manifest is not None and manifest.images != self._blank.images:
+            manifest = None
         shards = sorted(manifest.shards.items()) if manifest is not None else []
         wrong = {n: w for n, f in shards if (w := entry.check(n, f, checksum=False)) is not None}
         if not self.store and (manifest is None or not manifest.complete or wrong):
             return
         if manifest is None and (entry.folder / MANIFEST).exists():
             self.note(f"the manifest of bank entry {entry.folder.name[:12]} was damaged; all of its shards were redone")
-        self.entry, self._manifest = entry, manifest
-        for number, why in wrong.items():
-            self.redo(number, why)
+        self.entry, self._manifest, self._wrong = entry, manifest, wrong
+        if manifest is not None:
+            # Should the entry be pruned while it is read, it is made again as it was: more layers may be in it than were asked for.
+            self._blank = replace(manifest, shards={})
         entry.touch()
         self._learn_skipped()
 
@@ -80,8 +86,10 @@ class Ledger:
             self._learn_skipped()
 
     def create(self) -> Entry:
-        """The entry, made on disk if it is not there yet."""
+        """The entry, made on disk if it is not there yet and without the shards that were found damaged when it was opened."""
         assert self.entry is not None
+        for number, why in list(self._wrong.items()):
+            self.redo(number, why)
         if self._manifest is None:
             self._manifest = self.entry.create(self._blank)
         return self.entry
@@ -91,7 +99,13 @@ class Ledger:
         plan = self.plan
         if self.entry is None:
             return list(range(plan.count))
-        return [n for n in range(plan.count) if n not in plan.shards or (plan.shards[n].skipped and not self.skip_bad)]
+        sound = {n for n, s in plan.shards.items() if n not in self._wrong and not (s.skipped and not self.skip_bad)}
+        return [n for n in range(plan.count) if n not in sound]
+
+    def tidy(self) -> None:
+        """Remove what processes that died left behind in an entry that is finished."""
+        if self.store and self.entry is not None and self.plan.complete:
+            self.entry.tidy()
 
     def note(self, text: str) -> None:
         """Say something in the record, once."""
@@ -119,7 +133,11 @@ class Ledger:
         if not self.store:
             raise BankError(f"{where}: {wrong}", "run with storing on to redo it")
         self._mapped.pop(number, None)
-        self.entry.drop(number)
+        self._wrong.pop(number, None)
+        try:
+            self.entry.drop(number)
+        except BankError as error:
+            raise BankError(f"{where}: {wrong}, and {error.what}", error.fix) from error
         self.refresh()
         self.note(f"{where} was redone: {wrong}")
 

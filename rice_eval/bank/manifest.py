@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -77,13 +78,18 @@ class Manifest:
             "shard_images": self.shard_images,
             "shards": {f"{n:05d}": self.shards[n].plain() for n in sorted(self.shards)},
         }
-        return json.dumps(plain, indent=1) + "\n"
+        return json.dumps({**plain, "sum": _sum(plain)}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """The manifest in a file's text; ValueError or BankError where it is damaged."""
+        """The manifest in a file's text; ValueError or BankError where it is damaged.
+
+        Manifests of earlier versions have no sum; theirs is not checked.
+        """
         try:
             plain = json.loads(text)
+            if plain.pop("sum", None) not in (None, _sum(plain)):
+                raise ValueError("manifest's sum differs")
             shards = {
                 int(number): ShardFacts(
                     str(s["sha256"]),
@@ -100,8 +106,13 @@ class Manifest:
                 int(plain["shard_images"]),
                 shards,
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"manifest lacks {error}") from error
-        if plain.get("key") != made.key.digest or made.shard_images < 1 or any(n >= made.count for n in shards):
+        if made.shard_images < 1 or not all(0 <= n < made.count for n in shards) or plain.get("key") != made.key.digest:
             raise ValueError("manifest contradicts itself")
         return made
+
+
+def _sum(plain: Mapping[str, Any]) -> str:
+    """sha256 over what a manifest says, however it is laid out: a flipped digit of a count leaves sound JSON behind."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

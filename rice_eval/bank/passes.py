@@ -85,6 +85,7 @@ class OnePass:
         wanted = set(range(ledger.plan.count)) if shards is None else set(shards)
         todo = [n for n in ledger.missing() if n in wanted]
         if not todo:
+            ledger.tidy()
             return
         advance = self._progress(self._label, sum(len(ledger.plan.indices(n)) for n in todo))
         tries = 0
@@ -105,8 +106,7 @@ class OnePass:
             tries = 0 if mine else tries + 1
             if todo and not mine:
                 wait_a_little(tries)
-        if ledger.entry is not None and ledger.plan.complete:
-            ledger.entry.tidy()
+        ledger.tidy()
 
     def _sweep(
         self, todo: Sequence[int], consumers: Sequence[Consumer]

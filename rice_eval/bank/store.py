@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import socket
 import time
@@ -18,6 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from stat import S_ISDIR
+from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -30,6 +33,7 @@ __all__ = [
     "MANIFEST",
     "Bank",
     "Entry",
+    "Pruned",
     "default_bank_root",
     "disk_error",
     "folder_bytes",
@@ -72,11 +76,12 @@ class Entry:
         return self.folder / f"{number:05d}.safetensors"
 
     def manifest(self) -> Manifest | None:
-        """The manifest, or None where there is none that can be read (then nothing in the folder counts)."""
+        """The manifest, or None where there is none that can be read, or another entry's (then nothing in the folder counts)."""
         try:
-            return Manifest.from_json((self.folder / MANIFEST).read_text())
+            found = Manifest.from_json((self.folder / MANIFEST).read_text())
         except (OSError, ValueError, BankError):
             return None
+        return found if found.key.digest == self.folder.name else None
 
     def create(self, manifest: Manifest) -> Manifest:
         """Make the entry if it is not there; returns the manifest on disk, whose ``shard_images`` counts."""
@@ -134,7 +139,10 @@ class Entry:
                 self._write(replace(now, shards={n: s for n, s in now.shards.items() if n != number}))
 
     def tidy(self) -> None:
-        """Remove locks and temporary files of a finished entry. Safe beside other processes: locks look at the shard again."""
+        """Remove locks and temporary files of a finished entry, its own process's or those of the dead.
+
+        Safe beside other processes: whoever has a lock looks at the shard again.
+        """
         manifest = self.manifest()
         if manifest is None or not manifest.complete or not (self.folder / "locks").is_dir():
             return
@@ -161,13 +169,19 @@ class Entry:
             return 0.0
 
     def busy(self) -> bool:
-        """Whether a process is writing to the entry."""
+        """Whether a process is writing to the entry; never on a disk that can only be read."""
         for path in sorted((self.folder / "locks").glob("*.lock")):
-            lock = self._lock(path.name)
+            lock = FileLock(path, thread_local=False)
             try:
                 lock.acquire(blocking=False)
             except Timeout:
                 return True
+            except FileNotFoundError:  # someone tidies up at this moment
+                continue
+            except OSError as error:
+                if error.errno == errno.EROFS:
+                    return False
+                raise disk_error(error, self.folder) from error
             lock.release()
         return False
 
@@ -237,6 +251,8 @@ class Entry:
             raise disk_error(error, self.folder) from error
 
 
+_KEY = re.compile("[0-9a-f]{64}")
+
 # Shards whose checksum this process has seen to be right: (path, inode, size, mtime, sha256).
 _SOUND: set[tuple[str, int, int, int, str]] = set()
 
@@ -259,6 +275,14 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+class Pruned(NamedTuple):
+    """An entry that was deleted, or would be: its key, what it holds (None where its manifest is damaged), its bytes."""
+
+    key: str
+    manifest: Manifest | None
+    bytes: int
+
+
 class Bank:
     """A folder of entries.
 
@@ -275,13 +299,17 @@ class Bank:
         """The folder of a key, whether it is there or not."""
         return Entry(self.root / key.digest[:2] / key.digest)
 
+    def folders(self) -> list[Entry]:
+        """Every folder where an entry lies or lay, whether its manifest can be read or not, in the order of their keys."""
+        return [Entry(f) for f in sorted(self.root.glob("??/*")) if _KEY.fullmatch(f.name) and f.is_dir()]
+
     def entries(self) -> list[tuple[Entry, Manifest]]:
         """Every entry with a readable manifest, in the order of their keys."""
         out = []
         for path in sorted(self.root.glob(f"??/*/{MANIFEST}")):
             entry = Entry(path.parent)
             manifest = entry.manifest()
-            if manifest is not None and manifest.key.digest == path.parent.name:
+            if manifest is not None:
                 out.append((entry, manifest))
         return out
 
@@ -291,7 +319,7 @@ class Bank:
         for folder in sorted(self.root.glob("??/*")):
             entry = Entry(folder)
             manifest = entry.manifest()
-            if manifest is None or manifest.key.digest != folder.name:
+            if manifest is None:
                 if not entry.busy():
                     out.append((folder.name, "its manifest is missing or damaged"))
                 continue
@@ -346,37 +374,43 @@ class Bank:
         with suppress(OSError):
             entry.folder.parent.rmdir()
 
-    def prune(self, max_bytes: int, *, dry_run: bool = False) -> list[tuple[Manifest, int, float]]:
-        """Delete the least recently used entries until the rest fits.
+    def prune(self, max_bytes: int, *, dry_run: bool = False) -> list[Pruned]:
+        """Delete entries until the rest fits: those with a damaged manifest first, then the least recently used.
+
+        Entries that are being written are passed over, and so are links to folders that lie elsewhere: deleting a link would make no room.
 
         Returns:
-            ``(manifest, bytes, last use)`` of what was deleted, or would be; entries in use are passed over.
+            what was deleted, or would be.
         """
         if not dry_run:
             for grave in self.root.glob(".removed-*"):
                 shutil.rmtree(grave, ignore_errors=True)
-        entries = sorted(self.entries(), key=lambda pair: (pair[0].used(), pair[0].folder.name))
-        total = sum(folder_bytes(e.folder) for e, _ in entries)
+        here = [
+            (e, e.manifest()) for e in self.folders() if not (e.folder.is_symlink() or e.folder.parent.is_symlink())
+        ]
+        here.sort(key=lambda pair: (pair[1] is not None, pair[0].used(), pair[0].folder.name))
+        total = sum(folder_bytes(e.folder) for e, _ in here)
         out = []
-        for entry, manifest in entries:
+        for entry, manifest in here:
             if total <= max_bytes:
                 break
             if entry.busy():
                 continue
-            size, when = folder_bytes(entry.folder), entry.used()
+            size = folder_bytes(entry.folder)
             if not dry_run:
                 self.remove(entry)
             total -= size
-            out.append((manifest, size, when))
+            out.append(Pruned(entry.folder.name, manifest, size))
         return out
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files under a folder."""
+    """Bytes of all files under a folder; of a link, not of what it points to."""
     total = 0
     for path in folder.rglob("*"):
         with suppress(OSError):
-            total += path.stat().st_size
+            stat = path.lstat()
+            total += 0 if S_ISDIR(stat.st_mode) else stat.st_size
     return total
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -34,20 +35,33 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS:
         raise UsageError(f"'{text}' is no size", "write it like 20GB, 500MiB or 1000000")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    count = float(match[1]) * _UNITS[match[2].upper()]
+    if count > 2**63:
+        raise UsageError(f"'{text[:20]}…' is larger than any disk", "write it like 20GB, 500MiB or 1000000")
+    return int(count)
 
 
 def human_bytes(count: float) -> str:
     """Bytes in decimal units, three digits."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if count < 999.5:  # from there on three digits would round to 1000
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
 
 
 def _open(root: Path | None) -> Bank:
-    return Bank(root if root is not None else default_bank_root())
+    """The bank; UsageError where a folder that was named is none, which must not look like a bank that is empty and sound."""
+    bank = Bank(root if root is not None else default_bank_root())
+    try:
+        with os.scandir(bank.root):
+            pass
+    except FileNotFoundError as error:
+        if root is not None:
+            raise UsageError(f"--bank {bank.root}: no such folder", "check the path") from error
+    except OSError as error:
+        raise UsageError(f"the bank at {bank.root} can't be listed ({error.strerror})", "check --bank") from error
+    return bank
 
 
 def _plain(entry: Entry, manifest: Manifest) -> dict[str, Any]:
@@ -68,6 +82,14 @@ def _plain(entry: Entry, manifest: Manifest) -> dict[str, Any]:
         "bytes": folder_bytes(entry.folder),
         "used": used.strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
+
+
+def _name(manifest: Manifest | None) -> str:
+    """What an entry holds, in a line for people."""
+    if manifest is None:
+        return "(manifest missing or damaged)"
+    about = manifest.about
+    return f"{about.get('encoder')} {about.get('dataset')}/{about.get('split')} {manifest.key.view}"
 
 
 @app.command("ls")
@@ -155,18 +177,17 @@ def prune(
     root: Path | None = _ROOT,
     as_json: bool = _JSON,
 ) -> None:
-    """Delete the least recently used entries until the rest fits; entries being written are passed over."""
+    """Delete damaged entries, then the least recently used, until the rest fits; entries being written are passed over."""
     bank = _open(root)
     gone = bank.prune(parse_bytes(max_size), dry_run=dry_run)
-    left = sum(folder_bytes(e.folder) for e, m in bank.entries() if not dry_run or m not in [g[0] for g in gone])
+    keys = {each.key for each in gone}
+    left = sum(folder_bytes(e.folder) for e in bank.folders() if e.folder.name not in keys)
     if as_json:
-        rows = [{"key": manifest.key.digest, "bytes": size} for manifest, size, _ in gone]
+        rows = [{"key": each.key, "bytes": each.bytes} for each in gone]
         typer.echo(json.dumps({"removed": rows, "left": left, "dry_run": dry_run}, indent=1))
         return
-    for manifest, size, _ in gone:
-        about = manifest.about
-        name = f"{about.get('encoder')} {about.get('dataset')}/{about.get('split')}"
-        typer.echo(f"{manifest.key.digest[:12]} {name} {manifest.key.view} {human_bytes(size)}")
+    for each in gone:
+        typer.echo(f"{each.key[:12]} {_name(each.manifest)} {human_bytes(each.bytes)}")
     verb = "would be removed" if dry_run else "removed"
-    freed = human_bytes(sum(size for _, size, _ in gone))
+    freed = human_bytes(sum(each.bytes for each in gone))
     typer.echo(f"{len(gone)} entries {verb} ({freed}), {human_bytes(left)} left in {bank.root}")

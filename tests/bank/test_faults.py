@@ -105,6 +105,21 @@ def test_left_over_temporary_files_are_removed(tmp_path: Path):
     assert files(tmp_path / "plain") == {k: v for k, v in files(tmp_path).items() if not k.startswith("plain")}
 
 
+def test_what_a_process_left_that_died_after_its_last_shard_is_removed(tmp_path: Path):
+    source(tmp_path).extract()
+    sound = files(tmp_path)
+    folder = entry_of(tmp_path).folder
+    (folder / "locks").mkdir()
+    (folder / "locks" / "00004.lock").touch()
+    (folder / "00004-host-1-dead.tmp").write_bytes(b"half")
+    (folder / "manifest.json.tmp").write_bytes(b"half")
+    source(tmp_path, store=False).consume(Collect())
+    assert (folder / "locks").exists()
+    source(tmp_path).consume(Collect())
+    assert files(tmp_path) == sound
+    assert not (folder / "locks").exists()
+
+
 def test_an_unreadable_image_stops_the_pass_by_name(tmp_path: Path):
     made = source(tmp_path, FakeDataset(bad=(6,)))
     with pytest.raises(DataError, match="img-6"):
@@ -164,6 +179,20 @@ def test_tokens_that_are_no_numbers_stop_with_encoder_image_and_layer(
     assert mended.missing == (2, 3, 4)
     mended.extract()
     assert mended.forwards == 12
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+def test_tokens_that_are_nan_only_in_a_batch_are_not_stored(tmp_path: Path, dtype: str):
+    def spoil(images: Tensor, patches: dict[int, Tensor]) -> None:
+        if len(images) > 1:
+            patches[3][1, 5, 2] = float("nan")
+
+    made = source(tmp_path, encoder=FakeEncoder(spoil), dtype=dtype)
+    with pytest.raises(
+        BankError, match="encoder 'fake', image 'img-1', layer 3: the tokens are NaN or Inf in a batch of 3"
+    ):
+        made.extract()
+    assert made.missing == (0, 1, 2, 3, 4)
 
 
 def test_a_token_too_large_for_fp16_says_so(tmp_path: Path):
