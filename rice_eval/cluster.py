@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -25,6 +26,12 @@ __all__ = ["RayOptions", "execute_on_ray"]
 
 _RETRIES = 8
 """How often a task is started again after its worker or machine was lost; errors of our own are never retried."""
+
+_PATIENCE = 600.0
+"""Seconds that a running cluster is given to bring up a machine that can take our tasks; one started here never does."""
+
+_LOOK = 5.0
+"""Seconds between two looks at whether any machine can take a task, while none ends."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,8 @@ def execute_on_ray(
     Raises:
         MissingExtraError: Ray is not installed.
         UsageError: no cluster at the address.
-        PlanError: nothing is to be stored (shards could not be shared), or workers die again and again.
+        PlanError: nothing is to be stored (shards could not be shared), no machine has what a task asks for, or workers die
+            again and again.
         RiceEvalError: what a task found wrong.
     """
     asked = ray_options or RayOptions()
@@ -92,8 +100,9 @@ def execute_on_ray(
         bank=(options.bank or default_bank_root()).absolute(),
         predictions=options.predictions.absolute() if options.predictions is not None else None,
     )
+    wants = _resources(asked, options)
     with _connected(asked) as ray:
-        wants = _resources(asked, options)
+        cluster = _Cluster(ray, wants, 0.0 if asked.address is None else _PATIENCE)
         tasks = {
             name: ray.remote(**wants)(function)
             for name, function in (("survey", _survey), ("shard", _shard), ("job", _job))
@@ -101,13 +110,13 @@ def execute_on_ray(
         groups = [(ref, list(jobs)) for ref, jobs in groupby(plan.jobs, key=lambda job: job.encoder)]
         plans = [ray.put(_part(plan, jobs)) for _, jobs in groups]
         how = ray.put((uuid.uuid4().hex, options))
-        surveys: list[_Survey] = _gather(ray, [tasks["survey"].remote(part, how) for part in plans])
-        made = _passes(ray, tasks["shard"], groups, plans, how, surveys, report)
-        return _jobs(ray, tasks["job"], plan, groups, how, surveys, made, report, done)
+        surveys: list[_Survey] = cluster.gather([tasks["survey"].remote(part, how) for part in plans])
+        made = _passes(cluster, tasks["shard"], groups, plans, how, surveys, report)
+        return _jobs(cluster, tasks["job"], plan, groups, how, surveys, made, report, done)
 
 
 def _passes(
-    ray: Any,
+    cluster: _Cluster,
     task: Any,
     groups: list[tuple[EncoderRef, list[Job]]],
     plans: list[Any],
@@ -126,7 +135,7 @@ def _passes(
             for number in shards:
                 owner[task.remote(plans[place], how, key, number)] = place
     sums: list[dict[SourceKey, Elsewhere]] = [{} for _ in surveys]
-    for reference, shard in _as_they_end(ray, list(owner)):
+    for reference, shard in cluster.as_they_end(list(owner)):
         place = owner[reference]
         sums[place][shard.key] = _plus(sums[place].get(shard.key, Elsewhere()), shard.cost)
         bars[place](shard.images)
@@ -134,7 +143,7 @@ def _passes(
 
 
 def _jobs(
-    ray: Any,
+    cluster: _Cluster,
     task: Any,
     plan: Plan,
     groups: list[tuple[EncoderRef, list[Job]]],
@@ -153,7 +162,7 @@ def _jobs(
             order[task.remote(_part(plan, [job]), how, mine)] = len(order)
     results: list[Result | None] = [None] * len(order)
     advance = report("jobs", len(order))
-    for reference, result in _as_they_end(ray, list(order)):
+    for reference, result in cluster.as_they_end(list(order)):
         results[order[reference]] = result
         advance(1)
         if done is not None:
@@ -245,6 +254,11 @@ def _connected(asked: RayOptions) -> Iterator[Any]:
         import ray
     except ImportError as error:
         raise MissingExtraError.of("ray", "cluster", "--executor ray") from error
+    if asked.address is not None and not asked.address.strip():
+        # An unset variable of a script, most likely: a cluster of one machine must not stand in for the one that was meant.
+        raise UsageError(
+            "--address is empty", "give auto or HOST:PORT, or leave it out to start a cluster on this machine"
+        )
     connected = ray.is_initialized()
     if not connected:
         extra: dict[str, Any] = {} if asked.address else {"include_dashboard": False}
@@ -252,8 +266,13 @@ def _connected(asked: RayOptions) -> Iterator[Any]:
             _knock(asked.address)
             ray.init(address=asked.address or "local", log_to_driver=False, logging_level="ERROR", **extra)
         except (OSError, ValueError, RuntimeError) as error:
+            why = next(iter(str(error).splitlines()), type(error).__name__)
+            if asked.address is None:
+                raise UsageError(
+                    f"no Ray cluster can be started on this machine ({why})", "try ray start --head"
+                ) from error
             raise UsageError(
-                f"no Ray cluster at '{asked.address}' ({str(error).splitlines()[0]})",
+                f"no Ray cluster at '{asked.address}' ({why})",
                 "start one with ray start --head, or leave out --address",
             ) from error
     try:
@@ -265,7 +284,10 @@ def _connected(asked: RayOptions) -> Iterator[Any]:
 
 def _knock(address: str | None) -> None:
     """OSError at once where nobody listens at ``host:port``: Ray itself tries for minutes."""
-    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")  # IPv6
+    if colon and not host:
+        raise OSError("there is no host before the port")
     if host and port.isdecimal():
         socket.create_connection((host, int(port)), timeout=5).close()
 
@@ -280,33 +302,73 @@ def _resources(asked: RayOptions, options: RunOptions) -> dict[str, Any]:
     return wants
 
 
-def _as_they_end(ray: Any, references: list[Any]) -> Iterator[tuple[Any, Any]]:
-    """Results as tasks end; the first error of ours cancels the rest and is raised as it was."""
-    left = list(references)
-    try:
-        while left:
-            ended, left = ray.wait(left, num_returns=1)
-            for reference in ended:
-                yield reference, _value(ray, reference)
-    finally:
-        for reference in left:
-            ray.cancel(reference, force=False)
+@dataclass
+class _Cluster:
+    """Ray, and what each of our tasks asks of it.
 
+    Attributes:
+        ray: the module, connected.
+        wants: arguments of ``ray.remote``.
+        patience: seconds without any machine that could take a task after which the run ends.
+    """
 
-def _gather(ray: Any, references: list[Any]) -> list[Any]:
-    values = dict(_as_they_end(ray, references))
-    return [values[reference] for reference in references]
+    ray: Any
+    wants: Mapping[str, Any]
+    patience: float
+    _full_since: float | None = field(default=None, init=False)
+
+    def as_they_end(self, references: list[Any]) -> Iterator[tuple[Any, Any]]:
+        """Results as tasks end; the first error of ours cancels the rest and is raised as it was."""
+        left = list(references)
+        try:
+            while left:
+                ended, left = self.ray.wait(left, num_returns=1, timeout=_LOOK)
+                for reference in ended:
+                    yield reference, _value(self.ray, reference)
+                if not ended:
+                    self._check_room()
+        finally:
+            for reference in left:
+                self.ray.cancel(reference, force=False)
+
+    def gather(self, references: list[Any]) -> list[Any]:
+        """Results in the order of the tasks."""
+        values = dict(self.as_they_end(references))
+        return [values[reference] for reference in references]
+
+    def _check_room(self) -> None:
+        """PlanError where no machine could take a task for longer than our patience: Ray itself would wait for ever."""
+        names = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
+        needs = {names[key]: float(value) for key, value in self.wants.items() if key in names}
+        machines = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        if any(all(has.get(name, 0.0) >= need for name, need in needs.items()) for has in machines):
+            self._full_since = None
+            return
+        now = time.monotonic()
+        self._full_since = now if self._full_since is None else self._full_since
+        if now - self._full_since >= self.patience:
+            asked = ", ".join(f"{name} {need:g}" for name, need in needs.items())
+            raise PlanError(
+                f"--executor ray: none of the cluster's {len(machines)} machines has what a task asks for ({asked})",
+                "use --device cpu, or add machines" if "GPU" in needs else "ask for less, or add machines",
+            )
 
 
 def _value(ray: Any, reference: Any) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, RiceEvalError):
+        # What a user can mend ends the run as on one machine; so does a disk that refuses.
+        if isinstance(error.cause, (RiceEvalError, OSError)):
             raise error.cause from None
         raise
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError) as error:
         raise PlanError(
             f"a task was lost {_RETRIES + 1} times ({str(error).splitlines()[0]})",
             "look at the workers' memory, then run again: finished shards stay",
+        ) from error
+    except ray.exceptions.RayError as error:
+        raise PlanError(
+            f"Ray lost a task ({next(iter(str(error).splitlines()), type(error).__name__)})",
+            "look at the cluster, then run again: finished shards stay",
         ) from error

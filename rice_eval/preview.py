@@ -32,7 +32,8 @@ def preview(
     Args:
         encoders, tasks: as for ``rice_eval.evaluate``, whose plan arguments go into ``arguments``.
         bank: the bank that the run would use.
-        estimate: measure each encoder on blank frames for some seconds, and say how long its passes take.
+        estimate: measure each encoder on blank frames for some seconds, and say how long its passes keep it busy; decoding
+            and storing go on beside it, and are not counted.
         device, batch_size, autocast, compile: how the run would forward.
 
     Raises:
@@ -50,12 +51,16 @@ def preview(
         for job in jobs:
             check_loaded(job, loaded.encoder, plan)
         open_sources(loaded, jobs, plan, Bank(root), options, silent)
+        rates: dict[tuple[int, int], float] = {}
         for source in loaded.sources.values():
             rate = None
             if estimate:
-                rate = measure_rate(
-                    loaded.encoder, source.frame_size, batch_size=batch_size, device=device, autocast=autocast
-                )
+                frame = source.frame_size
+                if frame not in rates:
+                    rates[frame] = measure_rate(
+                        loaded.encoder, frame, batch_size=batch_size, device=device, autocast=autocast
+                    )
+                rate = rates[frame] / source.frames_per_image
             cost = estimate_pass(source, rate)
             row = {
                 "encoder": cost.encoder,

@@ -14,6 +14,8 @@ import torch
 
 from rice_eval.adapters.base import Encoder
 from rice_eval.bank.extract import Source
+from rice_eval.bank.forward import is_out_of_memory
+from rice_eval.errors import BankError
 
 __all__ = [
     "SIZING_ENCODERS",
@@ -90,6 +92,8 @@ def measure_rate(
 ) -> float:
     """Frames a second through the encoder alone: blank frames, one batch to warm up, then as many as fit the time.
 
+    A batch that does not fit the memory is halved, as in a pass.
+
     Args:
         encoder: in eval mode.
         frame: height and width in pixels.
@@ -97,22 +101,37 @@ def measure_rate(
         device: where it runs.
         autocast: ``bf16``, ``fp16`` or None.
         seconds: how long to measure, at least one batch.
+
+    Raises:
+        BankError: no memory for a single frame.
     """
     where = torch.device(device)
     encoder.to(where)
-    images = torch.zeros(batch_size, 3, *frame, device=where)
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(autocast or "", torch.bfloat16)
 
-    def forward() -> None:
+    def forward(images: torch.Tensor) -> None:
         with torch.autocast(where.type, dtype=kind, enabled=autocast is not None):
             encoder.encode(images, (-1,))
         if where.type == "cuda":
             torch.cuda.synchronize(where)
 
-    forward()
+    while True:
+        try:
+            images = torch.zeros(batch_size, 3, *frame, device=where)
+            forward(images)
+            break
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if batch_size == 1:
+                raise BankError(
+                    f"no memory on {where} for one frame of {frame[0]} x {frame[1]} px through encoder '{encoder.name}'",
+                    "use a smaller view or another device",
+                ) from error
+            batch_size //= 2
     done, start = 0, time.perf_counter()
     while not done or time.perf_counter() - start < seconds:
-        forward()
+        forward(images)
         done += batch_size
     return done / (time.perf_counter() - start)
 

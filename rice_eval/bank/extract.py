@@ -192,6 +192,14 @@ class Source:
         return self._ledger.view.frames(*self._sizes(1)[0])[0].size
 
     @property
+    def frames_per_image(self) -> float:
+        """Frames of ``frame_size`` that come to as many pixels as the view cuts of an image, over 32 images spread over the split."""
+        height, width = self.frame_size
+        sizes = self._sizes(32)
+        pixels = sum(f.size[0] * f.size[1] for size in sizes for f in self._ledger.view.frames(*size))
+        return pixels / (height * width * len(sizes))
+
+    @property
     def tokens_per_image(self) -> float:
         """Patch tokens an image at the deepest layer, over 32 images spread over the split."""
         stride = self._facts.strides[self.layers[-1] - 1]

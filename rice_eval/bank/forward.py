@@ -18,7 +18,7 @@ from rice_eval.bank.shard import CAST, PackedImage, pack
 from rice_eval.errors import BankError
 from rice_eval.views import Frame
 
-__all__ = ["Forward", "Prepared"]
+__all__ = ["Forward", "Prepared", "is_out_of_memory"]
 
 Pixels = NDArray[np.uint8]
 _OUT_OF_MEMORY: tuple[type[BaseException], ...] = (
@@ -143,7 +143,7 @@ class Forward:
             try:
                 launched = self._launch(slots)
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 self._collect(latest, parts)
                 latest = None
@@ -292,7 +292,8 @@ def _packed(image: Prepared, part: _Parts) -> PackedImage:
     )
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a forward failed because memory, of the device or of the machine, ran out."""
     if isinstance(error, _OUT_OF_MEMORY):
         return True
     text = str(error)
