@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rice_eval import __version__
 from rice_eval.cards import LmmsCard, TaskCard, catalogue
 from rice_eval.datasets import load_dataset
@@ -53,6 +55,9 @@ PROTOCOL, PROTOCOL_VERSION = "lmms-eval", 1
 
 EMBEDDED, EMBEDDED_VERSION = "short-answers", 1
 """Id of records of models that were judged on an embedded task, by whichever judge: both put the same questions."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Types a judged model's language model may run in."""
 
 _RESAMPLES = 2000
 
@@ -152,6 +157,7 @@ def judge_model(
     lmms_python: Path | None = None,
     results: Path | str = "results",
     device: str = "cpu",
+    dtype: str = "float32",
     limit: int | None = None,
     processes: int = 1,
     include: tuple[Path, ...] = (),
@@ -165,6 +171,7 @@ def judge_model(
         lmms_python: interpreter of the environment that has lmms-eval; this one by default.
         results: folder that records go to.
         device: torch device.
+        dtype: of the language model: one of ``DTYPES``; part of what makes records comparable.
         limit: only the first so many documents (or, of an embedded task, images).
         processes: data-parallel processes of lmms-eval.
         include: folders with more cards.
@@ -174,6 +181,8 @@ def judge_model(
         MissingExtraError: lmms-eval is asked for, or needed by a task, and is not installed.
         CheckpointError: the model can't be loaded.
     """
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype} is not known", f"choose {', '.join(DTYPES)}")
     cards = catalogue(include)
     chosen = [cards.task(name) for name in tasks]
     benchmarks = [card for card in chosen if card.lmms is not None]
@@ -198,57 +207,62 @@ def judge_model(
     store = ResultStore(results)
     store.check_writable()
     out = []
+    asked_with = {"model": model, "device": device, "dtype": dtype}
     for card in chosen:
         if card.lmms is None:
-            path = _judge_embedded(model, card, python, store, device, limit, processes)
+            path = _judge_embedded(asked_with, card, python, store, limit, processes)
         else:
             assert python is not None
-            path = _judge_benchmark(model, card, card.lmms, python, store, device, limit, processes)
+            path = _judge_benchmark(asked_with, card, card.lmms, python, store, limit, processes)
         out.append(Result(store.load(path), path))
     return out
 
 
 def _judge_embedded(
-    model: str, card: TaskCard, python: Path | None, store: ResultStore, device: str, limit: int | None, processes: int
+    model: Mapping[str, str],
+    card: TaskCard,
+    python: Path | None,
+    store: ResultStore,
+    limit: int | None,
+    processes: int,
 ) -> Path:
     """Both judges put the same questions and leave the same record but for ``judge``."""
     start = time.perf_counter()
     test = _embedded(card, card.test, limit)
     questions = asked(test)
     if python is None:
-        samples, facts = ask_here(model, test, questions, device)
+        samples, facts = ask_here(model["model"], test, questions, model["device"], getattr(torch, model["dtype"]))
         told = {"name": "rice-eval", "version": __version__, "task": test.name, "task_version": str(TASK_VERSION)}
         told |= {"task_hash": test.fingerprint[:16]}
     else:
         with tempfile.TemporaryDirectory(prefix="rice-eval-judge-") as name:
-            args = {"model": model, "device": device, "facts": str(Path(name) / "facts.json")}
-            samples, told = ask_lmms(python, test, questions, args, controls_of(model), processes)
+            args = {**model, "facts": str(Path(name) / "facts.json")}
+            samples, told = ask_lmms(python, test, questions, args, controls_of(model["model"]), processes)
             facts = json.loads((Path(name) / "facts.json").read_text(encoding="utf-8"))
     statistics = statistics_of(samples, [test.image_id(i) for i in range(len(test))])
     bounds = intervals(statistics, resamples=_RESAMPLES)
     metrics = {name: _metric(value, bounds.get(name), True) for name, value in statistics.point().items()}
     entry = JudgeEntry(**told, prompts_sha256=prompts_sha256(samples[""]), questions=len(questions))
     protocol = _protocol(EMBEDDED, EMBEDDED_VERSION, facts, {"task_version": str(TASK_VERSION), "limit": limit})
-    record = _record(card, facts, protocol, metrics, entry, test.fingerprint, len(test), device)
+    record = _record(card, facts, protocol, metrics, entry, test.fingerprint, len(test), model["device"])
     record = record.model_copy(update={"seconds": {"total": round(time.perf_counter() - start, 3)}})
     return store.save(record, statistics, {"samples.jsonl": samples_text(samples).encode()})
 
 
 def _judge_benchmark(
-    model: str,
+    model: Mapping[str, str],
     card: TaskCard,
     lmms: LmmsCard,
     python: Path,
     store: ResultStore,
-    device: str,
     limit: int | None,
     processes: int,
 ) -> Path:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="rice-eval-judge-") as name:
         runs: dict[str, LmmsRun] = {}
-        for control in controls_of(model):
-            args = {"model": model, "device": device, "facts": str(Path(name) / "facts.json")}
+        for control in controls_of(model["model"]):
+            args = {**model, "facts": str(Path(name) / "facts.json")}
             args |= {"control": control} if control else {}
             runs[control] = run_lmms(python, args, str(lmms.task), limit=limit, processes=processes)
         facts: dict[str, Any] = json.loads((Path(name) / "facts.json").read_text(encoding="utf-8"))
@@ -274,7 +288,7 @@ def _judge_benchmark(
         questions=len(seen.samples),
     )
     documents = seen.documents_hash or seen.prompts_sha256
-    record = _record(card, facts, protocol, metrics, entry, documents, len(seen.samples), device)
+    record = _record(card, facts, protocol, metrics, entry, documents, len(seen.samples), model["device"])
     if statistics is None:
         record = record.model_copy(
             update={"interval": None, "warnings": ("no interval: the metric is no mean over documents",)}
@@ -286,7 +300,8 @@ def _judge_benchmark(
 
 def _protocol(name: str, version: int, facts: Mapping[str, Any], settings: Mapping[str, Any]) -> ProtocolEntry:
     """What separates records: of the model its language model, tuned parts and tiles, not the encoder; and the task's settings."""
-    told = {"lm": facts["lm"], "tuned": facts["tuned"], "tiles": facts["mllm"]["tiles"], **settings}
+    told = {"lm": facts["lm"], "dtype": facts["mllm"]["lm"]["dtype"], "tuned": facts["tuned"]}
+    told |= {"tiles": facts["mllm"]["tiles"], **settings}
     return ProtocolEntry(id=name, hash=settings_hash(name, version, told), settings=told, version=version)
 
 

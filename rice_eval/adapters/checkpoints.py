@@ -26,7 +26,7 @@ from rice_eval.adapters.formats import (
     shards,
     weights_in,
 )
-from rice_eval.errors import CheckpointError
+from rice_eval.errors import CheckpointError, one_line
 
 __all__ = [
     "Checkpoint",
@@ -71,19 +71,28 @@ class Checkpoint:
     _inner: dict[str, str] = field(default_factory=dict, repr=False)
 
     def read(self, names: Collection[str]) -> dict[str, Tensor]:
-        """The tensors called ``names``, on the CPU, as stored."""
+        """The tensors called ``names``, on the CPU, as stored.
+
+        Raises:
+            CheckpointError: a file that can't be read, or mapped into memory.
+        """
         if self._loaded is not None:
             return {name: self._loaded[self._inner.get(name, name)] for name in names}
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self._files[self._inner.get(name, name)], []).append(name)
         out: dict[str, Tensor] = {}
         for file, inside in by_file.items():
-            with safe_open(file, framework="pt") as handle:
-                for name in inside:
-                    out[name] = handle.get_tensor(self._inner.get(name, name))
+            try:
+                with safe_open(file, framework="pt") as handle:
+                    for name in inside:
+                        out[name] = handle.get_tensor(self._inner.get(name, name))
+            except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: no room to map it
+                raise CheckpointError(
+                    f"{file}: can't be read ({one_line(str(error))})", "check file and memory"
+                ) from error
         return {name: out[name] for name in names}
 
     def config(self) -> dict[str, Any] | None:

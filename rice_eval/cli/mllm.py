@@ -64,6 +64,9 @@ def evaluate(
     results: Annotated[Path, typer.Option("--results", "--out", help="Folder that records go to.")] = Path("results"),
     bank: Annotated[Path | None, typer.Option("--bank", help="Folder of the bank of tokens.")] = None,
     device: Annotated[str, typer.Option("--device", help="Torch device: cpu, cuda, cuda:1 …")] = "cpu",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="With --model: its language model's type: float32, bfloat16, float16.")
+    ] = "float32",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images a forward of the encoder.")] = 16,
     limit_train: Annotated[
         int | None, typer.Option("--limit-train", min=1, help="Only this many training images.")
@@ -98,6 +101,7 @@ def evaluate(
             lmms_python=lmms_python,
             results=results,
             device=device,
+            dtype=dtype,
             limit=limit_test,
             processes=processes,
             include=tuple(include or ()),
@@ -105,7 +109,7 @@ def evaluate(
     else:
         if not encoder:
             raise UsageError("no encoder is given", "add --encoder NAME, or --model for a trained model")
-        _refuse_given(context, ("processes",), "is for judging with --model")
+        _refuse_given(context, ("processes", "dtype"), "is for judging with --model")
         from rice_eval.mllm_run import train_and_judge
 
         done = train_and_judge(

@@ -13,6 +13,7 @@ protocol. Every tensor of the file must find its place, and every place a tensor
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -115,6 +116,12 @@ def load(
     """
     library = transformers_module("a multimodal checkpoint")
     name = str(path)
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{name}: the folder holds no model (no mllm.yaml, trained.json or config.json)",
+            "give a trained probe's .files folder, or a LLaVA checkpoint as transformers saves it",
+        )
     checkpoint = strip_wrappers(open_checkpoint(_find(name)), training_only=True)
     config = checkpoint.config()
     kind = str((config or {}).get("model_type", ""))
@@ -124,6 +131,7 @@ def load(
             f"one of {', '.join(KINDS)} can be taken apart",
         )
     parts = _split(checkpoint, name)
+    _check_memory(parts.get("lm", {}), checkpoint, dtype, device, name)
     settings = _settings(library, config, kind, name)
     if kind != "llavaonevision1_5" and "newline" not in parts and kind != "llava":
         raise CheckpointError(
@@ -134,7 +142,7 @@ def load(
             f"{name}: 1 keys unexpected (image_newline)", "the file is of another kind than config.json"
         )
     encoder = _encoder(parts.get("tower", {}), checkpoint, settings, name)
-    lm = _language_model(library, parts.get("lm", {}), checkpoint, settings, name, dtype, torch.device(device))
+    lm = _language_model(library, parts.get("lm", {}), checkpoint, settings, name, dtype)
     projector = _projector(parts.get("projector", {}), checkpoint, settings, encoder, lm, name)
     newline = None
     if "newline" in parts:
@@ -286,6 +294,25 @@ def _encoder(names: Mapping[str, str], checkpoint: Checkpoint, settings: _Settin
     return encoder
 
 
+def _stored_as(tensors: Mapping[str, TensorInfo]) -> torch.dtype:
+    """The one type they are stored in; float32 where there are several."""
+    kinds = {i.dtype for i in tensors.values()}
+    return kinds.pop() if len(kinds) == 1 else torch.float32
+
+
+def _check_memory(
+    names: Mapping[str, str], checkpoint: Checkpoint, dtype: torch.dtype | None, device: str, name: str
+) -> None:
+    """By the file's own list of tensors, before any is read.
+
+    Raises:
+        PlanError: the language model does not fit.
+    """
+    found = {k: checkpoint.tensors[v] for k, v in names.items() if not k.endswith(".inv_freq")}
+    count = sum(math.prod(i.shape) for i in found.values())
+    check_fits(count, dtype or _stored_as(found), torch.device(device), name)
+
+
 def _language_model(
     library: Any,
     names: Mapping[str, str],
@@ -293,7 +320,6 @@ def _language_model(
     settings: _Settings,
     name: str,
     dtype: torch.dtype | None,
-    device: torch.device,
 ) -> LanguageModel:
     text = settings.text
     found = checkpoint.renamed(names, "").tensors
@@ -310,9 +336,7 @@ def _language_model(
         want.pop("lm_head.weight", None)
     have = {k: i for k, i in found.items() if not k.endswith(".inv_freq")}
     _compare(have, want, names, f"{name} (language model)")
-    kinds = {i.dtype for i in have.values()}
-    kept = dtype or (kinds.pop() if len(kinds) == 1 else torch.float32)
-    check_fits(sum(p.numel() for p in model.parameters()), kept, device, name)
+    kept = dtype or _stored_as(have)
     raw = checkpoint.read([names[k] for k in want])
     refuse_nan(raw, name)
     model.load_state_dict({k: raw[names[k]].to(kept) for k in want}, strict=False, assign=True)

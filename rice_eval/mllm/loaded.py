@@ -83,7 +83,11 @@ def load(model: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.f
 
 
 def ask_here(
-    model: str | Path, test: Dataset, questions: Sequence[Asked], device: str = "cpu"
+    model: str | Path,
+    test: Dataset,
+    questions: Sequence[Asked],
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[dict[str, list[Sample]], dict[str, Any]]:
     """Put an embedded split's questions to a model in this process, once with every control it can be put to.
 
@@ -92,6 +96,7 @@ def ask_here(
         test: the split.
         questions: of the split, in its order.
         device: where the model goes.
+        dtype: of the language model.
 
     Returns:
         control -> samples, and ``Loaded.facts``.
@@ -99,7 +104,7 @@ def ask_here(
     Raises:
         CheckpointError: the model can't be loaded.
     """
-    loaded = load(model, device=device)
+    loaded = load(model, device=device, dtype=dtype)
 
     def show(control: str, index: int) -> Picture:
         return loaded.show(Image.fromarray(test.image(index)), control)

@@ -73,7 +73,7 @@ def check_fits(parameters: int, dtype: torch.dtype, device: torch.device, name: 
     need = int(parameters * dtype.itemsize * MARGIN)
     if free is None or need <= free:
         return
-    smaller = " in --dtype bfloat16," if dtype.itemsize > 2 else ""
+    smaller = " in bfloat16 (--model takes --dtype)," if dtype.itemsize > 2 else ""
     raise PlanError(
         f"language model '{name}' has {parameters / 1e9:.2f} billion parameters and needs {need / 2**30:.1f} GiB in "
         f"{str(dtype)[6:]}, {free / 2**30:.1f} GiB are free on {device}",

@@ -107,6 +107,7 @@ def test_the_towers_fingerprint_is_not_of_its_name(llava: Path, tmp_path: Path):
         (["--judge", "rice-eval", "--processes", "2"], "--processes 2 are lmms-eval's"),
         (["--judge", "rice-eval", "--task", "docvqa"], "is a benchmark of lmms-eval"),
         (["--judge", "both"], "--judge both is not known"),
+        (["--judge", "rice-eval", "--dtype", "int4"], "choose float32, bfloat16, float16"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(
@@ -142,9 +143,38 @@ def test_a_tasks_hash_is_the_same_in_every_process(tmp_path: Path):
     assert hashes[0] == hashes[1] != hashes[2]
 
 
+def test_a_model_too_large_is_refused_before_it_is_read(
+    llava: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    from rice_eval.adapters.checkpoints import Checkpoint
+    from rice_eval.mllm import memory
+
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 100_000)
+    monkeypatch.setattr(Checkpoint, "read", lambda self, names: pytest.fail("weights were read"))
+    with pytest.raises(SystemExit) as end:
+        main(["mllm", "--model", str(llava), "--judge", "rice-eval"])
+    assert end.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert "GiB in float32" in error
+    assert "--dtype" in error
+    assert "\n" not in error
+
+
+def test_the_language_models_type_separates_records(llava: Path, tmp_path: Path):
+    keys = set()
+    for dtype in ("float32", "bfloat16"):
+        where = {"judge": "rice-eval", "results": tmp_path / dtype, "limit": 1, "dtype": dtype}
+        record = judge_model(str(llava), ["mllm/scenes-vqa"], **where)[0].record
+        assert record.protocol.settings["dtype"] == dtype
+        keys.add(record.comparability_key)
+    assert len(keys) == 2
+
+
 def test_model_of_no_folder_is_refused_before_any_judge(tmp_path: Path):
     with pytest.raises(UsageError, match="no such folder"):
         judge_model(str(tmp_path / "x"), ["mllm/scenes-vqa"], judge="rice-eval", results=tmp_path)
+    with pytest.raises(CheckpointError, match="holds no model"):
+        judge_model(str(tmp_path), ["mllm/scenes-vqa"], judge="rice-eval", results=tmp_path)
 
 
 @pytest.mark.slow
