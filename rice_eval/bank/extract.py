@@ -293,7 +293,7 @@ class Source:
                 for image in content.images:
                     show(image, targets[image.index])
                 cursor += 1
-        self._replay(cursor, self._ledger.plan.count, consumers, show)
+        self._replay(cursor, self._ledger.plan.count, consumers, show, whole=True)
 
     def _replay(
         self,
@@ -301,11 +301,15 @@ class Source:
         stop: int,
         consumers: Sequence[Consumer],
         show: Callable[[PackedImage, Sequence[object]], None],
+        whole: bool = False,
     ) -> int:
-        """Show stored shards from ``start`` up to ``stop`` or the first that is not there yet; returns where it ended."""
+        """Show stored shards from ``start`` up to ``stop`` or the first that is not there yet; returns where it ended.
+
+        ``whole`` goes on to ``stop`` in any case: what was pruned since the pass is made again, not left out.
+        """
         if self._ledger.entry is None or start >= stop:
             return start
-        missing = set(self._ledger.missing())
+        missing = set() if whole else set(self._ledger.missing())
         end = next((n for n in range(start, stop) if n in missing), stop)
         if end == start:
             return start
