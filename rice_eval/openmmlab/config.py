@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ def backbone_config(model: Any, kind: str, name: str, weights: Path | None, **mo
 
 
 def config_hash(config: Config, folders: Mapping[str, str], blank: Callable[[Any], None]) -> str:
-    """sha256 of a config's text without machine, paths, encoder and what follows from the encoder's width.
+    """sha256 of a config's values without machine, paths, encoder and what follows from the encoder's width.
 
     Two encoders under one config share a protocol, so they are ranked.
 
@@ -66,7 +67,7 @@ def config_hash(config: Config, folders: Mapping[str, str], blank: Callable[[Any
     for name in ("name", "weights"):
         config.model.backbone.pop(name, None)
     blank(config.model)
-    plain = str(config.pretty_text)
+    plain = json.dumps(config.to_dict(), sort_keys=True, default=repr)  # no layout, which depends on the paths' lengths
     for name, path in sorted(folders.items(), key=lambda item: -len(item[1])):
         plain = plain.replace(path, name) if path else plain
     return hashlib.sha256(plain.encode()).hexdigest()

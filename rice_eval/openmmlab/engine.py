@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.dataset import BaseDataset
 from mmengine.evaluator import BaseMetric
 from mmengine.registry import METRICS as ROOT
 from mmengine.registry import Registry
@@ -149,6 +150,11 @@ class Engine:
             ) from error
         config.merge_from_dict(dict(options or {}))
         config.work_dir = str(work_dir)
+        start_from = config.get("load_from")
+        if start_from and not Path(start_from).is_file():
+            raise UsageError(
+                f"--config {path}: load_from '{start_from}' is no file here", "download it and give its path"
+            )
         notes = self.replace(config, encoder, weights) if encoder is not None else ()
         if any(config.get(name) is None for name in ("test_dataloader", "test_evaluator", "test_cfg")):
             raise UsageError(f"--config {path}: has no test", "it needs test_dataloader, test_evaluator and test_cfg")
@@ -289,8 +295,9 @@ def image_part(info: Mapping[str, Any]) -> tuple[str, bytes]:
 
 
 def _inner(dataset: Any) -> Any:
-    while not hasattr(dataset, "get_data_info") and hasattr(dataset, "dataset"):
-        dataset = dataset.dataset  # mmengine's wrappers
+    # mmengine's wrappers give items of their own, and are no BaseDataset.
+    while not isinstance(dataset, BaseDataset) and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
     return dataset
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -188,6 +189,25 @@ def test_an_encoder_takes_the_place_of_a_backbone(config: Path, tmp_path: Path):
     assert three.model.backbone.strides == [8, 16, 32]
 
 
+def test_a_repeated_training_set_is_looked_into(config: Path, tmp_path: Path):
+    repeated = Config.fromfile(str(config))
+    inner = repeated.train_dataloader.dataset
+    repeated.train_dataloader.dataset = {"type": "RepeatDataset", "times": 2, "dataset": inner}
+    repeated.train_cfg.max_iters = 1
+    path = tmp_path / "repeated.py"
+    repeated.dump(str(path))
+    record, _ = evaluate_detection(path, tmp_path / "results", resamples=20)
+    assert record.task.n_train == 8
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path / "images", moved / "images")
+    shutil.copy(tmp_path / "instances.json", moved)
+    path.write_text(
+        path.read_text().replace(repr(str(tmp_path)), repr(str(moved))).replace(f"{tmp_path}/inst", f"{moved}/inst")
+    )
+    again, _ = evaluate_detection(path, tmp_path / "again", resamples=20)
+    assert again.protocol.hash == record.protocol.hash  # where the data lies is not what is measured
+
+
 def test_what_is_no_config_is_one_line(config: Path, tmp_path: Path):
     with pytest.raises(UsageError, match="can't be read"):
         run_detection(tmp_path / "none.py", tmp_path)
@@ -197,5 +217,7 @@ def test_what_is_no_config_is_one_line(config: Path, tmp_path: Path):
     bare = Config({"model": {"type": "DETR", "backbone": {"type": "ResNet"}}})
     with pytest.raises(UsageError, match="no backbone and neck"):
         with_strides(bare, "rgb-moments")
+    with pytest.raises(UsageError, match="load_from 'https://example.org/w.pth' is no file here"):
+        run_detection(config, tmp_path, options={"load_from": "https://example.org/w.pth"})
     with pytest.raises(UsageError, match="names an ann_file"):
         run_detection(config, tmp_path, options={"test_evaluator.ann_file": None})
