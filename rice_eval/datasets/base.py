@@ -7,6 +7,7 @@ boxes as xyxy in pixels, text as polygons with transcripts. Every annotation is 
 from __future__ import annotations
 
 import hashlib
+import struct
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -233,7 +234,7 @@ def decode_image(source: Path | bytes, label: str | None = None) -> Image:
             return np.asarray(upright.convert("RGB"), dtype=np.uint8).copy()
     except FileNotFoundError as error:
         raise DataError(f"{name}: no such image", "check --data against the dataset's layout") from error
-    except (OSError, SyntaxError, ValueError, Pil.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, struct.error, Pil.DecompressionBombError) as error:
         fix = "replace the file, or pass --on-bad-image=skip to leave it out and count it"
         raise DataError(f"{name}: can't be decoded ({undecoded(error)})", fix) from error
 
@@ -257,7 +258,7 @@ def files_fingerprint(parts: Sequence[tuple[str, Path | bytes]], facts: Mapping[
 
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     for name, part in parts:
-        digest.update(f"\0{name}\0".encode())
+        digest.update(f"\0{name}\0".encode(errors="surrogateescape"))  # file names need not be UTF-8
         if isinstance(part, bytes):
             digest.update(part)
         else:

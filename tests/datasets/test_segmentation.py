@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import pickle
 import tarfile
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 
 from rice_eval.datasets import load_dataset
-from rice_eval.datasets.base import IGNORE, Dataset
+from rice_eval.datasets.base import IGNORE, Dataset, decode_image, files_fingerprint
 from rice_eval.datasets.segmentation import class_table
 from rice_eval.errors import DataError, RiceEvalError, UsageError
 
@@ -330,6 +331,22 @@ def test_colour_mask_and_damaged_mask(root: Path) -> None:
     target.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match="a.png: can't be decoded"):
         read("folder", "val", root).semantic(0)
+
+
+def test_a_photo_with_damaged_exif_is_one_line() -> None:
+    exif = Image.Exif()
+    exif[0x010E], exif[0x0112] = "a photo", 6
+    written = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(written, "JPEG", exif=exif)
+    damaged = bytearray(written.getvalue())
+    damaged[damaged.index(b"Exif") + 17] = 0  # the tag's type: Pillow stumbles over it in struct
+    with pytest.raises(DataError, match=r"a\.jpg: can't be decoded"):
+        decode_image(bytes(damaged), "a.jpg")
+
+
+def test_file_names_need_not_be_utf8() -> None:
+    names = ["caf\udce9.jpg", "café.jpg"]
+    assert len({files_fingerprint([(name, b"1")], {}) for name in names}) == 2
 
 
 def test_exif_rotated_photo(root: Path) -> None:
