@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from rice_eval.bank.manifest import Manifest
 from rice_eval.bank.shard import pack, unpack
+from rice_eval.bank.source import ImageTokens
 from rice_eval.bank.store import Bank, default_bank_root, folder_bytes
 from rice_eval.cli import bank as commands
 from rice_eval.errors import BankError, NotFoundError, UsageError
@@ -196,6 +197,22 @@ def test_an_entry_with_more_layers_that_is_pruned_while_it_is_read_is_made_again
     every = source(tmp_path, layers=(1, 2, 3))
     assert [t.index for t in every.reader()] == list(range(20))
     assert every.forwards == 0
+
+
+def test_no_image_is_left_out_where_the_entry_is_pruned_while_it_is_consumed(tmp_path: Path):
+    source(tmp_path).extract()
+    entry, _ = Bank(tmp_path).entries()[0]
+    entry.shard(0).unlink()
+
+    class Pruning(Collect):
+        def consume(self, tokens: ImageTokens) -> None:
+            super().consume(tokens)
+            while tokens.index == 3 and not Bank(tmp_path).prune(0):
+                time.sleep(0.01)  # shard 0 is being written
+
+    consumer = Pruning()
+    source(tmp_path).consume(consumer)
+    assert [t.index for t in consumer.seen] == list(range(20))
 
 
 def test_prune_removes_entries_with_a_damaged_manifest_first(tmp_path: Path):
