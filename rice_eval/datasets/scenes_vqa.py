@@ -24,7 +24,18 @@ from rice_eval.datasets.scenes_raster import Draws
 from rice_eval.datasets.scenes_render import Object, Scene
 from rice_eval.errors import UsageError
 
-__all__ = ["CAPTION", "KINDS", "POST_PROMPT", "VERSION", "ScenesVqa", "ScenesVqaOptions", "ask", "describe", "factory"]
+__all__ = [
+    "CAPTION",
+    "KINDS",
+    "POST_PROMPT",
+    "REGION",
+    "VERSION",
+    "ScenesVqa",
+    "ScenesVqaOptions",
+    "ask",
+    "describe",
+    "factory",
+]
 
 KINDS = ("presence", "counting", "colour", "position", "reading", "box")
 """Kinds of questions, in the order they are asked."""
@@ -32,7 +43,10 @@ KINDS = ("presence", "counting", "colour", "position", "reading", "box")
 CAPTION = "caption"
 """Kind of what is said to describe a training image; never asked in a test."""
 
-VERSION = 1
+REGION = "region"
+"""Kind of what is said of one box of a training image; never asked in a test."""
+
+VERSION = 2
 """Raised with every change of a question or an answer."""
 
 POST_PROMPT = "\nAnswer the question using a single word or phrase."
@@ -147,6 +161,17 @@ def ask(scene: Scene, seed: int, split: str, index: int) -> tuple[Question, ...]
     return (*out, *_box(things, side, draws))
 
 
+def _regions(scene: Scene) -> list[Question]:
+    """Every object with its box, its named colour and its class: what RefCOCO or Visual Genome say of theirs."""
+    out = []
+    for thing in scene.objects:
+        noun = "sign" if thing.text is not None else _words(thing.label)
+        words = f"{thing.colour} {noun}" if thing.colour is not None else noun
+        x0, y0, x1, y1 = (float(v) for v in thing.box)
+        out.append(Question(REGION, "Describe this part of the image.", words.capitalize(), (x0, y0, x1, y1)))
+    return out
+
+
 def describe(scene: Scene) -> str:
     """A sentence that names what is in a scene, with numbers and named colours: a caption to learn from."""
     groups: dict[tuple[str | None, int], int] = Counter()
@@ -179,10 +204,12 @@ class ScenesVqa(Scenes):
 
     def questions(self, index: int) -> tuple[Question, ...]:
         """Presence (up to two with yes, as many with no), counting, colour, position, reading, referring to a box; in ``train``
-        a caption to learn from comes last."""
+        what there is to learn from besides comes last: a caption, and a few words about every object's box."""
         scene = self.scene(index)
         out = ask(scene, self.seed, self.split, index)
-        return (*out, Question(CAPTION, "Describe the image.", describe(scene))) if self.split == "train" else out
+        if self.split == "train":
+            out += (Question(CAPTION, "Describe the image.", describe(scene)), *_regions(scene))
+        return out
 
     @property
     def fingerprint(self) -> str:

@@ -23,6 +23,7 @@ from rice_eval.mllm.lm import LanguageModel, load_lm
 from rice_eval.mllm.model import Mllm
 from rice_eval.mllm.probe import PooledProjector, load_projector, pool, projector_bytes, sha256_of
 from rice_eval.mllm.tiling import Tiling
+from rice_eval.mllm.vqa import TEMPLATE
 from rice_eval.results.store import write_atomic, writing
 
 __all__ = [
@@ -53,13 +54,13 @@ class Bundle(BaseModel):
         view, layers, norm, stored: how tokens are made, and the number format they were banked in.
         side, hidden, width_in, width_out: of the projector.
         projector_sha256: of its weights.
-        system: the system message of training.
+        template: the chat template of training.
         tuned: parts that were trained.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: int = 1
+    format: int = 2
     encoder: str
     weights: str | None = None
     encoder_sha256: str
@@ -74,7 +75,7 @@ class Bundle(BaseModel):
     width_in: int
     width_out: int
     projector_sha256: str
-    system: str
+    template: str
     tuned: tuple[str, ...] = ("projector",)
 
 
@@ -115,14 +116,22 @@ def read_manifest(folder: Path) -> Bundle:
 
 
 def assemble(
-    encoder: Encoder, lm: LanguageModel, projector: PooledProjector, layers: Sequence[int], norm: bool, view: str
+    encoder: Encoder,
+    lm: LanguageModel,
+    projector: PooledProjector,
+    layers: Sequence[int],
+    norm: bool,
+    view: str,
+    template: str = TEMPLATE,
 ) -> Mllm:
     """The model of a probe: one tile through ``view``, tokens of all ``layers`` side by side.
 
     Raises:
         PlanError: parts of different widths.
     """
-    return Mllm.build(encoder, lm, projector, layer=tuple(layers), norm=norm, tiling=Tiling.single(view))
+    return Mllm.build(
+        encoder, lm, projector, layer=tuple(layers), norm=norm, tiling=Tiling.single(view), template=template
+    )
 
 
 def load_bundle(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Mllm, Bundle]:
@@ -143,7 +152,7 @@ def load_bundle(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.fl
     shape: dict[str, Any] = {k: getattr(told, k) for k in ("width_in", "width_out", "side", "hidden")}
     projector = load_projector(folder / _WEIGHTS, shape)
     _same(folder, "projector", _WEIGHTS, sha256_of(projector), told.projector_sha256)
-    return assemble(encoder, lm, projector, told.layers, told.norm, told.view), told
+    return assemble(encoder, lm, projector, told.layers, told.norm, told.view, told.template), told
 
 
 def _same(folder: Path, part: str, name: str, found: str, wanted: str) -> None:

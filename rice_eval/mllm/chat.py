@@ -30,7 +30,7 @@ class Chat:
 
     Args:
         tokenizer: a fast one of transformers; a copy is used.
-        template: a checkpoint's own chat template; None takes the tokenizer's.
+        template: a chat template, such as a checkpoint's own; None takes the tokenizer's.
         image_token: the token that stands for an image in the checkpoint's vocabulary; None adds a placeholder ``<image>``
             beyond the vocabulary, which is never embedded.
         stops: tokens that end an answer besides the template's own end of turn.
@@ -48,15 +48,17 @@ class Chat:
         if isinstance(own, dict):
             own = own.get("default")
         self.template: str = own or _PLAIN
-        self.template_from = "checkpoint" if template else "tokenizer" if own else "none: 'USER: … ASSISTANT: …'"
+        self.template_from = "given" if template else "tokenizer" if own else "none: 'USER: … ASSISTANT: …'"
         self._parts = True
         self._parts = self._takes_parts()
         rendered = self._render([Turn("user", "?"), Turn("assistant", _PROBE)], open_end=False)
-        self._tail = rendered.rpartition(_PROBE)[2].rstrip()
+        rest = rendered.rpartition(_PROBE)[2]
+        line = not rest.strip() and rest.startswith("\n")  # a turn that its line's end alone ends
+        self._tail = "\n" if line else rest.rstrip()
         tail = self.tokenizer(self._tail, add_special_tokens=False).input_ids if self._tail else []
         ends = {int(s) for s in stops}
         added = self.tokenizer.added_tokens_decoder
-        if tail and tail[0] in added and added[tail[0]].special:
+        if tail and ((line and len(tail) == 1) or (tail[0] in added and added[tail[0]].special)):
             ends.add(int(tail[0]))
         if self.tokenizer.eos_token_id is not None:
             ends.add(int(self.tokenizer.eos_token_id))

@@ -54,7 +54,6 @@ def ask_all(
     mllm: Mllm,
     questions: Sequence[Asked],
     images: Callable[[int], Picture] | None,
-    system: str | None,
     advance: Callable[[int], None] = lambda n: None,
 ) -> list[Sample]:
     """Put every question to the model.
@@ -63,7 +62,6 @@ def ask_all(
         mllm: the model.
         questions: image by image.
         images: index of an image -> the image or its tokens; None leaves images out.
-        system: the system message.
         advance: called with the number of questions answered.
     """
     requests = []
@@ -72,7 +70,7 @@ def ask_all(
         if images is not None and (shown is None or shown[0] != q.index):
             shown = (q.index, images(q.index))
         seen = (shown[1],) if images is not None and shown is not None else ()
-        requests.append(Request(q.prompt, seen, system))
+        requests.append(Request(q.prompt, seen))
     answers = answer(mllm, requests, MAX_NEW_TOKENS, advance=advance)
     return [
         Sample(q.id, q.image_id, q.kind, q.prompt, q.answer, text) for q, text in zip(questions, answers, strict=True)

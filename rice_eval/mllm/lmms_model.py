@@ -43,7 +43,7 @@ class RiceEval(lmms):
         system: a system message in place of the one of training.
         facts: a file that is written with what the model is made of.
         max_new_tokens: replaces the task's own limit; 0 keeps it.
-        batch_size: taken and ignored for probes, whose questions run by image; requests a batch for checkpoints.
+        batch_size: taken since lmms-eval gives it; questions run by image, whatever it is.
     """
 
     is_simple = True
@@ -64,7 +64,7 @@ class RiceEval(lmms):
     ) -> None:
         super().__init__()
         from rice_eval.errors import UsageError
-        from rice_eval.mllm.bundle import MANIFEST, load_bundle
+        from rice_eval.mllm.loaded import load
 
         unknown.pop("max_batch_size", None)
         if unknown:
@@ -76,27 +76,18 @@ class RiceEval(lmms):
             raise UsageError(f"--model_args control={control}", "choose blind or mean_image, or leave it out")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             device = self._join(device)
-        folder = Path(model)
         where = device if device not in (None, "", "None") else "cpu"
         kind = getattr(torch, dtype, None)
         if not isinstance(kind, torch.dtype):
             raise UsageError(f"--model_args dtype={dtype}", "choose float32, bfloat16 or float16")
-        self.stored: str | None = None
-        tuned: tuple[str, ...] = ("checkpoint",)
-        if (folder / MANIFEST).is_file():
-            self.mllm, told = load_bundle(folder, str(where), kind)
-            self.system: str | None = told.system
-            self.stored, tuned = told.stored, told.tuned
-        else:
-            from rice_eval.mllm.parts import load_model
-
-            self.mllm = load_model(model, dtype=kind, device=str(where))
-            tuned = tuple(sorted({p for r in self.mllm.tuned for p in r.tuned})) or tuned
-            self.system = None
-        self.system = system if system is not None else self.system
+        loaded = load(model, device=str(where), dtype=kind)
+        if control == "mean_image" and loaded.stored is None:
+            raise UsageError("--model_args control=mean_image", "only a trained probe knows its training set's mean")
+        self.mllm, self.stored = loaded.mllm, loaded.stored
+        self.system = system
         if facts and self.rank == 0:
-            _write_facts(Path(facts), self.mllm, tuned)
-        self.control, self.limit, self.batch = control, int(max_new_tokens), int(batch_size)
+            Path(facts).write_text(json.dumps(loaded.facts()), encoding="utf-8")
+        self.control, self.limit = control, int(max_new_tokens)
 
     @property
     def device(self) -> torch.device:
@@ -164,21 +155,6 @@ class RiceEval(lmms):
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         """Not offered."""
         raise NotImplementedError("rice_eval answers single-round tasks")
-
-
-def _write_facts(path: Path, mllm: Any, tuned: tuple[str, ...]) -> None:
-    """What a record says of the model. A language model that was trained is told by its class, a frozen one by its weights."""
-    from rice_eval.adapters.base import facts_as_dict
-
-    lm = mllm.lm.facts()
-    told = {
-        "mllm": mllm.facts(),
-        "fingerprint": mllm.fingerprint(),
-        "encoder": facts_as_dict(mllm.encoder.facts),
-        "tuned": list(tuned),
-        "lm": lm["sha256"] if tuned == ("projector",) else f"{lm['class']} {lm['params']}",
-    }
-    path.write_text(json.dumps(told), encoding="utf-8")
 
 
 def _place(doc_id: Any) -> tuple[int, str]:

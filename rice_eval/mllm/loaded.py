@@ -29,13 +29,11 @@ class Loaded:
 
     Attributes:
         mllm: the model.
-        system: the system message of its training; None leaves the chat template alone.
         stored: the number format of the bank a probe was trained on; None where the model is no probe.
         tuned: parts that were trained here; ``checkpoint`` where the model came trained.
     """
 
     mllm: Mllm
-    system: str | None
     stored: str | None
     tuned: tuple[str, ...]
 
@@ -76,10 +74,10 @@ def load(model: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.f
     folder = Path(model).expanduser()
     if (folder / MANIFEST).is_file():
         mllm, told = load_bundle(folder, device, dtype)
-        return Loaded(mllm, getattr(told, "system", None), told.stored, told.tuned)
+        return Loaded(mllm, told.stored, told.tuned)
     mllm = load_model(model, device=device, dtype=dtype)
     tuned = tuple(sorted({part for recipe in mllm.tuned for part in recipe.tuned})) or ("checkpoint",)
-    return Loaded(mllm, None, None, tuned)
+    return Loaded(mllm, None, tuned)
 
 
 def ask_here(
@@ -110,6 +108,6 @@ def ask_here(
         return loaded.show(Image.fromarray(test.image(index)), control)
 
     return {
-        control: ask_all(loaded.mllm, questions, None if control == "blind" else partial(show, control), loaded.system)
+        control: ask_all(loaded.mllm, questions, None if control == "blind" else partial(show, control))
         for control in controls_of(model)
     }, loaded.facts()

@@ -20,11 +20,21 @@ from rice_eval.errors import CheckpointError, DataError
 from rice_eval.mllm.conversation import Encoded, Example, Turn
 from rice_eval.mllm.model import Mllm
 from rice_eval.mllm.projector import Projector
-from rice_eval.mllm.vqa import SYSTEM, Dialogue
+from rice_eval.mllm.vqa import Dialogue
 from rice_eval.probes.linear import warmup_cosine
 from rice_eval.probes.training_state import TrainingState
 
-__all__ = ["PooledProjector", "Schedule", "Trained", "fit", "load_projector", "pool", "projector_bytes", "sha256_of"]
+__all__ = [
+    "PooledProjector",
+    "Schedule",
+    "Trained",
+    "fit",
+    "generator",
+    "load_projector",
+    "pool",
+    "projector_bytes",
+    "sha256_of",
+]
 
 _CLIP = 1.0  # gradient norm; the customary value of LLaVA's recipes (Trainer's max_grad_norm)
 _WARMUP = 0.03  # share of the steps; as LLaVA's stage 1 (arXiv 2310.03744, table 9)
@@ -136,12 +146,13 @@ class Schedule:
         out = []
         for k in range(step * self.batch, (step + 1) * self.batch):
             epoch, place = divmod(k, images)
-            order = torch.randperm(images, generator=_generator(self.seed, 1, epoch))
+            order = torch.randperm(images, generator=generator(self.seed, 1, epoch))
             out.append(int(order[place]))
         return out
 
 
-def _generator(*parts: int) -> torch.Generator:
+def generator(*parts: int) -> torch.Generator:
+    """A generator that depends on these numbers alone: a resumed run draws what a whole one draws."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -157,7 +168,7 @@ class Trained:
 
 def shuffled(dialogue: Dialogue, schedule: Schedule, visit: int, index: int) -> tuple[Turn, ...]:
     """The turns of one visit to a conversation: some questions in a drawn order, the caption last."""
-    order = torch.randperm(len(dialogue.questions), generator=_generator(schedule.seed, 2, visit, index)).tolist()
+    order = torch.randperm(len(dialogue.questions), generator=generator(schedule.seed, 2, visit, index)).tolist()
     return dialogue.turns([int(k) for k in order[: schedule.turns]])
 
 
@@ -169,6 +180,7 @@ def fit(
     state: TrainingState,
     advance: Callable[[int], None] = lambda n: None,
     window: int = 25,
+    begin: Callable[[], None] = lambda: None,
 ) -> Trained:
     """Train the model's ``PooledProjector`` and nothing else.
 
@@ -180,6 +192,7 @@ def fit(
         state: where a killed run goes on from.
         advance: called with the number of steps done, the restored ones included.
         window: steps averaged into one point of the curve.
+        begin: called before the first step of a run that has no state to go on from.
 
     Raises:
         DataError: the loss is not finite.
@@ -189,7 +202,6 @@ def fit(
     if not isinstance(projector, PooledProjector):
         raise CheckpointError("the perception probe trains its own projector", "build the model with a PooledProjector")
     side = projector.side
-    projector.train()
     parameters = [p for p in projector.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, betas=(0.9, 0.95), weight_decay=schedule.weight_decay)
     steps = schedule.steps(len(tokens))
@@ -198,16 +210,20 @@ def fit(
     pending: list[float] = []
     saved = state.load()
     if saved is not None:
+        projector.train()
         projector.load_state_dict(saved["projector"])
         optimizer.load_state_dict(saved["optimizer"])
         first, curve, pending = saved["step"], [tuple(point) for point in saved["curve"]], saved["pending"]
+    else:
+        begin()
+        projector.train()
     advance(first)
     for step in range(first, steps):
         picked = schedule.batch_at(step, len(tokens))
         visit = step * schedule.batch // len(tokens)
         examples = [
             Example(
-                (Turn("system", SYSTEM), *shuffled(dialogues[k], schedule, visit, k)),
+                shuffled(dialogues[k], schedule, visit, k),
                 (Encoded(tokens[k], (side, side)),),
             )
             for k in picked

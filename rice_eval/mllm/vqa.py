@@ -7,14 +7,43 @@ from dataclasses import dataclass
 from typing import Any
 
 from rice_eval.datasets.base import Dataset, Question
-from rice_eval.datasets.scenes_vqa import CAPTION, POST_PROMPT
+from rice_eval.datasets.scenes_vqa import CAPTION, POST_PROMPT, REGION
 from rice_eval.errors import DataError
 from rice_eval.mllm.conversation import IMAGE, Turn
 
-__all__ = ["SYSTEM", "Asked", "Dialogue", "asked", "dialogues", "llava_entries", "prompt_of"]
+__all__ = ["TEMPLATE", "Asked", "Dialogue", "asked", "dialogues", "llava_entries", "prompt_of"]
 
-SYSTEM = "Answer questions about an image."
-"""The system message of the probe, in training and in testing; short, since every conversation pays for it."""
+# A small instruction-tuned model answers questions about a written list of things far better after a worked example in plain
+# lines than in its own chat format (docs/mllm.md has figures), and what it can't do with words it can't do with images.
+_EXAMPLE = """\
+Image: a red car, two blue dogs, a white cup.
+Q: Is there a dog in the image?
+A: Yes
+Q: What colour is the car?
+A: Red
+Q: Is there a cat in the image?
+A: No
+Q: How many dogs are in the image?
+A: 2
+Q: Is the car to the left or right of the cup?
+A: Left
+"""
+
+TEMPLATE = (
+    _EXAMPLE
+    + """
+{% for m in messages %}
+{% set said = m['content'] | replace(POST_PROMPT, '') %}
+{% if m['role'] == 'user' %}
+{{ said | replace('<image>\\n', 'Image: <image>\\nQ: ') if '<image>' in said else 'Q: ' + said }}
+A:
+{%- else %}
+{{ ' ' + said }}
+{% endif %}
+{% endfor %}""".replace("POST_PROMPT", repr(POST_PROMPT))
+)
+"""Chat template of the probe: one worked example in words, then the image and the questions in the same plain lines, each
+answer ended by its line's end. The short-answer words are left out, since the example shows the form."""
 
 
 def prompt_of(question: str) -> str:
@@ -30,12 +59,11 @@ class Dialogue:
     captions: tuple[Question, ...] = ()
 
     def turns(self, order: Sequence[int] | None = None) -> tuple[Turn, ...]:
-        """User and assistant in turn. The first question carries the short-answer words, as in LLaVA-1.5's data; captions
-        come last, so that no answer can be read off them."""
+        """User and assistant in turn; captions come last, so that no answer can be read off them."""
         asked = [self.questions[k] for k in (order if order is not None else range(len(self.questions)))]
         out: list[Turn] = []
         for q in asked:
-            out += [Turn("user", q.question if out else prompt_of(q.question)), Turn("assistant", q.answer)]
+            out += [Turn("user", q.question), Turn("assistant", q.answer)]
         for q in self.captions:
             out += [Turn("user", q.question), Turn("assistant", q.answer)]
         return tuple(out)
@@ -51,7 +79,8 @@ def dialogues(dataset: Dataset, captions: bool = True) -> list[Dialogue]:
     for index in range(len(dataset)):
         said = dataset.questions(index)
         told = Dialogue(
-            tuple(q for q in said if q.kind != CAPTION), tuple(q for q in said if captions and q.kind == CAPTION)
+            tuple(q for q in said if q.kind not in (CAPTION, REGION)),
+            tuple(q for q in said if captions and q.kind == CAPTION),
         )
         if not told.turns():
             raise DataError(
@@ -84,7 +113,7 @@ def asked(dataset: Dataset) -> list[Asked]:
         Asked(f"{dataset.image_id(i)}-{k}", i, dataset.image_id(i), q.kind, q.question, q.answer)
         for i in range(len(dataset))
         for k, q in enumerate(dataset.questions(i))
-        if q.kind != CAPTION
+        if q.kind not in (CAPTION, REGION)
     ]
 
 
@@ -93,5 +122,5 @@ def llava_entries(dataset: Dataset, captions: bool = True) -> Iterator[dict[str,
     names = {"user": "human", "assistant": "gpt"}
     for index, dialogue in enumerate(dialogues(dataset, captions)):
         said = [{"from": names[turn.role], "value": turn.text} for turn in dialogue.turns()]
-        said[0]["value"] = f"{IMAGE}\n{said[0]['value']}"
+        said[0]["value"] = f"{IMAGE}\n{prompt_of(said[0]['value'])}"  # as in LLaVA-1.5's data
         yield {"id": dataset.image_id(index), "image": f"images/{dataset.image_id(index)}.png", "conversations": said}

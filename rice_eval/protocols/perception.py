@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,12 @@ from rice_eval.errors import PlanError
 from rice_eval.mllm.lm_identity import lm_identity
 from rice_eval.probes.training_state import TrainingState
 from rice_eval.protocols.base import Context, Outcome, Protocol
+from rice_eval.views import Frame
+
+if TYPE_CHECKING:
+    from rice_eval.mllm.align import Region
+    from rice_eval.mllm.lm import LanguageModel
+    from rice_eval.mllm.probe import PooledProjector
 
 __all__ = ["PerceptionProbe"]
 
@@ -30,7 +37,8 @@ class PerceptionProbe(Protocol):
 
     Tokens of the blocks at a quarter, a half, three quarters and the end of the depth stand side by side (as DINOv2's
     four-block linear probes do), are averaged onto ``side`` x ``side`` cells, and mapped to word embeddings by a two-layer MLP.
-    It learns from conversations about the training images, several questions each and, last, a caption. Every question of the
+    It learns first which words each cell lies on, from described regions, then, with the language model reading along, from
+    conversations about the training images, several questions each and, last, a caption. Every question of the
     test split is asked three times: with the image, without it (``blind_…``), and with the training set's mean tokens in its
     place (``mean_image_…``).
 
@@ -39,6 +47,7 @@ class PerceptionProbe(Protocol):
         blocks: how many blocks, evenly spread up to the last; 1 is the last alone.
         side: image tokens a side.
         hidden: width between the projector's layers.
+        align_epochs, align_lr: of the alignment of image tokens with words, see ``rice_eval.mllm.align``; 0 epochs leave it out.
         lr, weight_decay, batch, epochs: AdamW with 3 % warm-up and half a cosine; batches count images.
         turns: questions of one conversation at most, drawn anew at every visit.
         captions: whether conversations end with a caption.
@@ -56,7 +65,9 @@ class PerceptionProbe(Protocol):
     blocks: int = 4
     side: int = 7
     hidden: int = 1152
-    lr: float = 1e-3
+    align_epochs: int = 4
+    align_lr: float = 1e-3
+    lr: float = 5e-4
     weight_decay: float = 0.0
     batch: int = 4
     turns: int = 8
@@ -67,8 +78,13 @@ class PerceptionProbe(Protocol):
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name in ("blocks", "side", "hidden", "lr", "batch", "epochs", "turns") and not value > 0:
+            if (
+                field.name in ("blocks", "side", "hidden", "align_lr", "lr", "batch", "epochs", "turns")
+                and not value > 0
+            ):
                 raise ValueError(f"{field.name} is {value}, not above 0")
+        if self.align_epochs < 0:
+            raise ValueError(f"align_epochs is {self.align_epochs}, below 0")
         if self.train_dtype not in _TYPES:
             raise ValueError(f"train_dtype '{self.train_dtype}' is neither float32 nor bfloat16")
 
@@ -84,6 +100,7 @@ class PerceptionProbe(Protocol):
 
     def run(self, context: Context) -> Outcome:
         """Train on train, ask test once."""
+        from rice_eval.mllm.align import regions_of
         from rice_eval.mllm.bundle import assemble
         from rice_eval.mllm.lm import load_lm
         from rice_eval.mllm.probe import PooledProjector, fit, sha256_of
@@ -96,7 +113,10 @@ class PerceptionProbe(Protocol):
         trained_with = load_lm(self.lm, dtype=_TYPES[self.train_dtype], device=device)
         seconds = {"language model": time.perf_counter() - start}
         start = time.perf_counter()
-        train = self._pooled(context, "train", layers)
+        regions: list[list[Region]] = []
+        train = self._pooled(
+            context, "train", layers, lambda i, frame: regions.append(regions_of(context.train, i, frame))
+        )
         said = dialogues(context.train, self.captions)
         said = [said[i] for i in train]
         width = sum(context.facts.widths[layer - 1] for layer in layers)
@@ -112,7 +132,15 @@ class PerceptionProbe(Protocol):
         }
         state = TrainingState(context.scratch, "projector", facts)
         mllm = assemble(context.encoder(), trained_with, projector, layers, self.norm, self.view)
-        fitted = fit(mllm, tokens, said, rates, state, context.progress("projector", rates.steps(len(tokens))))
+        fitted = fit(
+            mllm,
+            tokens,
+            said,
+            rates,
+            state,
+            context.progress("projector", rates.steps(len(tokens))),
+            begin=partial(self._align, context, projector, tokens, regions, trained_with),
+        )
         seconds["fit"] = time.perf_counter() - start
         del train, tokens, said
         start = time.perf_counter()
@@ -141,8 +169,38 @@ class PerceptionProbe(Protocol):
             files=judged["files"],
         )
 
-    def _pooled(self, context: Context, split: str, layers: tuple[int, ...]) -> dict[int, Tensor]:
-        """index -> ``(side*side, D)`` of every image of a split, in the bank's number format."""
+    def _align(
+        self,
+        context: Context,
+        projector: PooledProjector,
+        tokens: Sequence[Tensor],
+        regions: Sequence[Sequence[Region]],
+        lm: LanguageModel,
+    ) -> None:
+        from rice_eval.mllm.align import align, steps_of, words_of
+
+        if self.align_epochs:
+            advance = context.progress("align", steps_of(len(tokens), self.align_epochs))
+            words = words_of(regions, lm)
+            align(
+                projector,
+                tokens,
+                regions,
+                words,
+                epochs=self.align_epochs,
+                lr=self.align_lr,
+                seed=self.seed,
+                advance=advance,
+            )
+
+    def _pooled(
+        self,
+        context: Context,
+        split: str,
+        layers: tuple[int, ...],
+        note: Callable[[int, Frame], None] = lambda index, frame: None,
+    ) -> dict[int, Tensor]:
+        """index -> ``(side*side, D)`` of every image of a split, in the bank's number format; ``note`` sees index and frame."""
         reader = context.tokens(split, self.view).reader()
         advance = context.progress(f"read {split}", len(reader))
         out = {}
@@ -154,6 +212,7 @@ class PerceptionProbe(Protocol):
                 )
             tokens = torch.cat([image.patches[layer][0] for layer in layers], dim=-1)
             out[image.index] = _on_cells(tokens, next(iter(grids)), self.side)
+            note(image.index, image.frames[0])
             advance(1)
         return out
 
@@ -163,7 +222,7 @@ class PerceptionProbe(Protocol):
         from rice_eval.mllm.conversation import Encoded
         from rice_eval.mllm.judge import CONTROLS, Sample, ask_all, prompts_sha256, samples_text, statistics_of
         from rice_eval.mllm.probe import PooledProjector, sha256_of
-        from rice_eval.mllm.vqa import SYSTEM, asked
+        from rice_eval.mllm.vqa import TEMPLATE, asked
 
         projector = mllm.projector
         assert isinstance(projector, PooledProjector)
@@ -182,7 +241,7 @@ class PerceptionProbe(Protocol):
             width_in=projector.width_in,
             width_out=projector.width_out,
             projector_sha256=sha256_of(projector),
-            system=SYSTEM,
+            template=TEMPLATE,
             tuned=self.tuned,
         )
         files = bundle_files(bundle, projector)
@@ -205,7 +264,7 @@ class PerceptionProbe(Protocol):
             }
             for control in CONTROLS:
                 advance = context.progress(f"ask {control or 'with the image'}", len(questions))
-                samples[control] = ask_all(mllm, questions, shown[control], SYSTEM, advance)
+                samples[control] = ask_all(mllm, questions, shown[control], advance)
             judge = {"name": "rice-eval", "version": __version__, "task": context.test.name, "task_version": "1"}
             judge |= {"task_hash": context.test.fingerprint[:16]}
         ids = [context.test.image_id(i) for i in range(len(context.test))]

@@ -175,7 +175,7 @@ def _bundle_and_gate(record: Path) -> None:
     shown = seen_as(mllm, Image.fromarray(val.image(0)), told.stored)
     logged = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     before = [s["answer"] for s in logged if s["control"] == "" and s["image_id"] == "000000"]
-    assert [s.answer for s in ask_all(mllm, asked(val), lambda index: shown, told.system)] == before
+    assert [s.answer for s in ask_all(mllm, asked(val), lambda index: shown)] == before
     manifest = yaml.safe_load((folder / "mllm.yaml").read_text())
     (folder / "mllm.yaml").write_text(yaml.safe_dump({**manifest, "encoder_sha256": "0" * 64}))
     with pytest.raises(CheckpointError, match="is not the one of the training"):
