@@ -7,12 +7,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from rice_eval.bank.estimate import estimate_pass, measure_rate
+from rice_eval.bank.estimate import estimate_pass, flop_rate, measure_rate, sizing_table
 from rice_eval.bank.store import Bank, default_bank_root
 from rice_eval.progress import silent
 from rice_eval.run import RunOptions, check_loaded, load, open_sources, plan_of
 
-__all__ = ["preview"]
+__all__ = ["preview", "sizing"]
 
 
 def preview(
@@ -33,7 +33,8 @@ def preview(
         encoders, tasks: as for ``rice_eval.evaluate``, whose plan arguments go into ``arguments``.
         bank: the bank that the run would use.
         estimate: measure each encoder on blank frames for some seconds, and say how long its passes keep it busy; decoding
-            and storing go on beside it, and are not counted.
+            and storing go on beside it, and are not counted. ``TFLOP/s`` is the rate in operations, None where they can't be
+            counted.
         device, batch_size, autocast, compile: how the run would forward.
 
     Raises:
@@ -51,16 +52,19 @@ def preview(
         for job in jobs:
             check_loaded(job, loaded.encoder, plan)
         open_sources(loaded, jobs, plan, Bank(root), options, silent)
-        rates: dict[tuple[int, int], float] = {}
+        rates: dict[tuple[int, int], tuple[float, int | None]] = {}
         for source in loaded.sources.values():
-            rate = None
+            rate, flops = None, None
             if estimate:
                 frame = source.frame_size
                 if frame not in rates:
-                    rates[frame] = measure_rate(
+                    flops = loaded.encoder.flops(*frame)  # before the encoder moves to its device
+                    measured = measure_rate(
                         loaded.encoder, frame, batch_size=batch_size, device=device, autocast=autocast
                     )
-                rate = rates[frame] / source.frames_per_image
+                    rates[frame] = measured, flops
+                measured, flops = rates[frame]
+                rate = measured / source.frames_per_image
             cost = estimate_pass(source, rate)
             row = {
                 "encoder": cost.encoder,
@@ -76,5 +80,30 @@ def preview(
             }
             if estimate:
                 row["seconds"] = round(cost.seconds, 1) if cost.seconds is not None else None
+                row["TFLOP/s"] = float(f"{flop_rate(measured, flops) / 1e12:.3g}") if flops else None
             rows.append(row)
     return rows
+
+
+def sizing(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Passes of ViT-B, L and H over ADE20K, COCO and LVIS on 1, 8 and 64 devices like this one, at the highest rate of an
+    estimate; none where no encoder's operations could be counted.
+
+    Args:
+        rows: of ``preview(estimate=True)``.
+    """
+    rate = max((row["TFLOP/s"] for row in rows if row.get("TFLOP/s")), default=None)
+    if rate is None:
+        return []
+    return [
+        {
+            "encoder": row.encoder,
+            "dataset": row.dataset,
+            "images": row.images,
+            "Mtokens": round(row.tokens / 1e6, 1),
+            "GB fp16": round(row.bytes_fp16 / 1e9),
+            "GB int8": round(row.bytes_int8 / 1e9),
+            **{f"hours on {n}": float(f"{hours:.3g}") for n, hours in row.hours.items()},
+        }
+        for row in sizing_table(rate * 1e12)
+    ]

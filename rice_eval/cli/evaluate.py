@@ -326,7 +326,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """What a run would do: passes, images, bytes, what is already in the bank. Does no work."""
-    from rice_eval.preview import preview
+    from rice_eval.preview import preview, sizing
 
     rows = preview(
         encoder,
@@ -351,6 +351,10 @@ def plan(
     from rice_eval.cli.tables import print_table
 
     print_table(rows)
+    table = sizing(rows) if estimate else []
+    if table:
+        typer.echo("\nOne pass over train and val at 1024 tokens an image, four layers, on devices like this one:\n")
+        print_table(table)
 
 
 def pairs(flag: str, items: list[str] | None) -> dict[str, Any]:
