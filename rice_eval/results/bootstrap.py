@@ -33,6 +33,7 @@ __all__ = [
     "Runs",
     "combine",
     "estimates",
+    "in_range",
     "intervals",
     "jackknife",
     "replicates",
@@ -214,12 +215,17 @@ def combine(
     )
 
 
-def _clipped(name: str, estimate: Estimate) -> Estimate:
+def in_range(name: str, low: float, high: float) -> tuple[float, float]:
+    """An interval of a metric cut to what the metric can be."""
     info = METRICS.get(name)
     if info is None or info.unit != "%":
-        return estimate
+        return low, high
     top = 100.0 if info.higher_is_better else math.inf  # error rates can pass 100 %
-    low, high = (float(np.clip(v, 0.0, top)) for v in (estimate.low, estimate.high))
+    return float(np.clip(low, 0.0, top)), float(np.clip(high, 0.0, top))
+
+
+def _clipped(name: str, estimate: Estimate) -> Estimate:
+    low, high = in_range(name, estimate.low, estimate.high)
     return replace(estimate, low=low, high=high)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from rice_eval.errors import RecordError, UsageError
 from rice_eval.metrics.statistics import RatioStatistics
 from rice_eval.metrics.text_statistics import TextStatistics
-from rice_eval.results.bootstrap import intervals
+from rice_eval.results.bootstrap import in_range, intervals
 from rice_eval.results.record import Record
 from rice_eval.results.store import StoredRecord
 
@@ -91,7 +91,9 @@ def group_intervals(
     out: dict[str, dict[str, tuple[float, float]]] = {}
     for metric in metrics:
         found = intervals(_met(statistics.by_group(metric)), resamples=resamples)
-        out[metric] = {group: span for group, span in found.items() if span[0] == span[0] and span[1] == span[1]}
+        out[metric] = {
+            group: in_range(metric, low, high) for group, (low, high) in found.items() if low == low and high == high
+        }
     return out
 
 

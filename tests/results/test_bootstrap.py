@@ -18,6 +18,7 @@ from rice_eval.metrics.statistics import RatioStatistics
 from rice_eval.results.bootstrap import (
     combine,
     estimates,
+    in_range,
     intervals,
     jackknife,
     jackknife_se,
@@ -347,3 +348,9 @@ def test_built_in_kinds_are_found_by_name_without_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_intervals_are_cut_to_what_a_metric_can_be() -> None:
+    assert in_range("recall", -0.1, 101.0) == (0.0, 100.0)
+    assert in_range("cer", -0.1, 120.0) == (0.0, 120.0)
+    assert in_range("seconds", -0.1, 120.0) == (-0.1, 120.0)
