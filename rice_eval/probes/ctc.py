@@ -132,7 +132,10 @@ class CtcGroup(ManyHeads):
             # (B, T, H, K, C) -> (T * K, B * H, C)
             shaped = padded.view(batch, longest, self.heads, self.steps, self.classes).permute(1, 3, 0, 2, 4)
             log_p = torch.log_softmax(shaped.reshape(longest * self.steps, batch * self.heads, self.classes), dim=-1)
-            flat_targets = torch.tensor([c for t in targets for _ in range(self.heads) for c in t], device=self.device)
+            # Without the type a batch whose every target is empty would be of floats.
+            flat_targets = torch.tensor(
+                [c for t in targets for _ in range(self.heads) for c in t], dtype=torch.long, device=self.device
+            )
             sizes = torch.tensor([len(t) for t in targets for _ in range(self.heads)], dtype=torch.long)
             inputs = torch.tensor([n * self.steps for n in lengths for _ in range(self.heads)], dtype=torch.long)
             loss = F.ctc_loss(log_p, flat_targets, inputs, sizes, reduction="none", zero_infinity=True)

@@ -131,3 +131,14 @@ def test_lines_too_short_for_their_text_change_nothing():
     loss = group.step([torch.randn(2, 4)], [[1, 2, 1, 2]], 1.0)
     assert float(loss[0]) == 0
     assert not group.weight.any()
+
+
+def test_a_batch_whose_every_target_is_empty_trains():
+    """As where a charset of digits meets a batch of words: all steps learn to be blank."""
+    moments = Moments(4)
+    moments.add(torch.randn(20, 4))
+    group = CtcGroup(moments, 5, 2, (0.1, 0.01), (0.0, 0.0), (0.9, 0.999), 1e-6, torch.device("cpu"))
+    lines = [torch.randn(3, 4), torch.randn(5, 4)]
+    first = group.step(lines, [[], []], 1.0)
+    assert torch.isfinite(first).all()
+    assert (group.step(lines, [[], []], 1.0) < first).all()
