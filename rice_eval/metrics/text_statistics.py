@@ -51,6 +51,11 @@ class TextStatistics(RatioStatistics):
         if not self.share_numerators.shape == self.share_denominators.shape == rows:
             raise ValueError("numerators and denominators of shares must be (shares, metrics)")
 
+    def values(self, weights: Floats) -> dict[str, Floats]:
+        """See ``Statistics.values``; edits over no true character at all are undefined too, not infinite."""
+        found = super().values(weights)
+        return {name: np.where(np.isinf(value), np.nan, value) for name, value in found.items()}
+
     def by_group(self, metric: str) -> RatioStatistics:
         """Statistics of one metric whose metrics are the groups: bootstraps and compares like any other.
 

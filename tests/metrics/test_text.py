@@ -183,3 +183,11 @@ def test_groups_have_intervals():
     assert low < 20 < high < 40
     low, high = bounds["height 20 px"]
     assert 60 < low < 80 < high
+
+
+def test_edits_over_no_character_are_undefined():
+    sums = TextSums(("cer",))
+    sums.add("blank", (3.0,), (0.0,))
+    assert np.isnan(sums.statistics().point()["cer"])
+    sums.add("page", (1.0,), (4.0,))
+    assert sums.statistics().point()["cer"] == 100.0
