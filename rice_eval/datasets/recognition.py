@@ -12,6 +12,8 @@ import json
 import os
 import posixpath
 import re
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +38,7 @@ from rice_eval.datasets.files import FORMAT, FileDataset, need_files
 from rice_eval.datasets.rasters import upright_size
 from rice_eval.datasets.segmentation import NoOptions
 from rice_eval.datasets.storage import Storage, open_storage
+from rice_eval.datasets.text import transcript
 from rice_eval.errors import DataError, MissingExtraError
 
 __all__ = ["LabelFile", "LmdbCrops", "label_file", "lmdb_crops"]
@@ -63,12 +66,35 @@ def _environment(root: Path) -> Any:
     with _lock:
         if key not in _environments:
             try:
-                _environments[key] = lmdb.open(
-                    key[1], readonly=True, lock=False, readahead=False, meminit=False, create=False
-                )
+                opened = lmdb.open(key[1], readonly=True, lock=False, readahead=False, meminit=False, create=False)
             except lmdb.Error as error:
                 raise DataError(f"{root}: can't be opened as an LMDB ({error})", "fetch the file again") from error
+            try:
+                _check_whole(root, opened)
+            except DataError:
+                opened.close()
+                raise
+            _environments[key] = opened
         return _environments[key]
+
+
+_TOUCH = """
+import sys, lmdb
+with lmdb.open(sys.argv[1], readonly=True, lock=False, create=False).begin(buffers=True) as transaction:
+    for key, value in transaction.cursor():
+        bytes(value[:1]), bytes(value[-1:])
+"""
+
+
+def _check_whole(root: Path, environment: Any) -> None:
+    """DataError where a file is cut off: reading a page that it lacks would kill this process with a bus error.
+
+    A whole file too may end before its last page, where that one is free: every value of a short one is touched elsewhere.
+    """
+    need = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    size = (root / "data.mdb").stat().st_size
+    if size < need and subprocess.run([sys.executable, "-c", _TOUCH, str(root)], capture_output=True).returncode:
+        raise DataError(f"{root / 'data.mdb'}: cut off, {size} of {need} bytes", "fetch the file again")
 
 
 class LmdbCrops(Dataset):
@@ -107,7 +133,17 @@ class LmdbCrops(Dataset):
             ) from error
         if count < 1:
             raise DataError(f"{root}: num-samples is {count}", "make the file again")
+        keys = int(_environment(root).stat()["entries"])
+        if count > keys:
+            raise DataError(f"{root}: num-samples is {count}, but the file has {keys} keys", "make the file again")
         return count
+
+    @property
+    def beyond(self) -> tuple[str, ...]:
+        """Folders of the LMDBs that hold an entry after their ``num-samples``, which is never read."""
+        return tuple(
+            str(root) for root, _ in self._parts if _get(root, f"image-{self._samples(root) + 1:09d}") is not None
+        )
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -205,7 +241,15 @@ def _get(root: Path, key: str) -> bytes | None:
 
 def _below(root: Path) -> Iterator[tuple[Path, str]]:
     """Folders below ``root`` that hold an LMDB, with their paths relative to it."""
-    for path in sorted(root.rglob("data.mdb")) if root.is_dir() else ():
+    found, seen = [], set()
+    for folder, below, files in os.walk(root, followlinks=True):
+        if "data.mdb" in files:
+            found.append(Path(folder, "data.mdb"))
+        real = os.path.realpath(folder)
+        if real in seen:
+            below.clear()  # links that lead back up
+        seen.add(real)
+    for path in sorted(found):
         yield path.parent, path.parent.relative_to(root).as_posix()
 
 
@@ -280,10 +324,13 @@ def read_labels(storage: Storage, source: str) -> Iterator[tuple[str, str]]:
     """
     if source.endswith(".json"):
         content = storage.json(source)
-        for number, entry in enumerate(content.get("data_list", ()) if isinstance(content, dict) else (), 1):
+        rows = content.get("data_list") if isinstance(content, dict) else None
+        if not isinstance(rows, list):
+            raise DataError(f"{storage.label(source)}: has no list data_list", "write it as MMOCR 1.x does")
+        for number, entry in enumerate(rows, 1):
             try:
                 (instance,) = entry["instances"]
-                yield str(entry["img_path"]), str(instance["text"])
+                yield str(entry["img_path"]), transcript(instance["text"])
             except (KeyError, TypeError, ValueError) as error:
                 raise DataError(
                     f"{storage.label(source)}: entry {number} of data_list has no img_path with one text ({error})",
@@ -295,7 +342,7 @@ def read_labels(storage: Storage, source: str) -> Iterator[tuple[str, str]]:
         for number, line in lines:
             try:
                 entry = json.loads(line)
-                yield str(entry["filename"]), str(entry["text"])
+                yield str(entry["filename"]), transcript(entry["text"])
             except (KeyError, TypeError, ValueError) as error:
                 raise DataError(
                     f"{storage.label(source)}:{number}: not an object with filename and text ({error})", "mend the line"
@@ -320,6 +367,8 @@ def label_file(split: str, data: Path | None, options: Mapping[str, Any]) -> Dat
     layout = f"{source} with a line 'name<TAB>transcript' an image, {posixpath.join(folder, 'name')}"
     storage = open_storage(data, "label-file", layout).rooted([source], "label-file", layout)
     rows = list(read_labels(storage, source))
+    if not rows:
+        raise DataError(f"{storage.label(source)}: lists no image", f"expected layout: {layout}")
     names = [name for name, _ in rows]
     paths = [posixpath.join(folder, name) for name in names]
     return LabelFile("label-file", split, storage, paths, [text for _, text in rows], [source], layout)

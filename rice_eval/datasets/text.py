@@ -23,7 +23,7 @@ from rice_eval.datasets.segmentation import NoOptions, find_folder, pair
 from rice_eval.datasets.storage import Storage, open_storage
 from rice_eval.errors import DataError, MissingExtraError
 
-__all__ = ["Sroie", "TextPages", "funsd", "icdar2015", "sroie", "text_line", "totaltext"]
+__all__ = ["Sroie", "TextPages", "funsd", "icdar2015", "sroie", "text_line", "totaltext", "transcript"]
 
 Parser = Callable[[Storage, str], tuple[TextLine, ...]]
 
@@ -35,12 +35,28 @@ def text_line(points: Any, text: str, ignore: bool, label: str) -> TextLine:
         DataError: fewer than three points, or numbers that are none.
     """
     polygon: NDArray[np.float64] = np.asarray(points, dtype=np.float64).reshape(-1, 2)
-    if len(polygon) < 3 or not np.isfinite(polygon).all():
+    if len(polygon) < 3:
         raise DataError(f"{label}: a polygon of {len(polygon)} points", "a polygon has three points or more")
+    if not np.isfinite(polygon).all():
+        raise DataError(f"{label}: a polygon with a coordinate that is no finite number", "mend its coordinates")
     x, y = polygon.T
     if float(np.sum(x * np.roll(y, -1) - y * np.roll(x, -1))) < 0:  # y points down: clockwise is positive
         polygon = np.concatenate([polygon[:1], polygon[:0:-1]])
     return TextLine(polygon, text, ignore or not text)
+
+
+def transcript(value: Any) -> str:
+    """A transcript from a JSON file as it is.
+
+    Raises:
+        TypeError: no text: ``null`` must not become the word None, nor a number lose its zeros.
+        ValueError: half of a surrogate pair, which no file can hold.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"the transcript {value!r} is not text")
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise ValueError(f"the transcript {value!r} holds half of a surrogate pair")
+    return value
 
 
 class TextPages(FileDataset):
@@ -79,6 +95,8 @@ def quads(storage: Storage, name: str, unread: str | None) -> tuple[TextLine, ..
             points = [float(part) for part in parts[:8]]
             if len(parts) != 9:
                 raise ValueError(f"{len(parts)} fields")
+            if "\r" in parts[8]:
+                raise ValueError("a carriage return within it: lines end with line feeds")
         except ValueError as error:
             raise DataError(f"{label}: not x1,y1,…,x4,y4,transcript ({error})", "mend the line") from error
         text = parts[8].strip()
@@ -116,8 +134,17 @@ class Sroie(TextPages):
 
 
 def _stems(names: Sequence[str], prefix: str = "") -> dict[str, str]:
-    """Each name's stem, without ``prefix``, and the name."""
-    return {posixpath.splitext(name)[0].removeprefix(prefix): name for name in names}
+    """Each name's stem, without ``prefix``, and the name.
+
+    Raises:
+        DataError: two of one stem (``1.csv`` and ``1.txt``): which of them counts must not be a matter of chance.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        first = found.setdefault(posixpath.splitext(name)[0].removeprefix(prefix), name)
+        if first != name:
+            raise DataError(f"{first} and {name} are both there for one image", "remove one of them")
+    return found
 
 
 def sroie(split: str, data: Path | None, options: Mapping[str, Any]) -> Dataset:
@@ -191,9 +218,9 @@ def _total_txt(storage: Storage, name: str) -> tuple[TextLine, ...]:
             x, y = ([float(v) for v in match[axis].split()] for axis in "xy")
             texts, ornt = ast.literal_eval(match["text"]), ast.literal_eval(match["ornt"])
             points = np.stack([x, y], 1)
-        except (ValueError, SyntaxError) as error:
+            text = transcript(texts[0]) if texts else ""
+        except (TypeError, ValueError, SyntaxError) as error:
             raise DataError(f"{label}: malformed ({error})", "fetch the file again") from error
-        text = str(texts[0]) if texts else ""
         found.append(text_line(points, text, text == "#" or ornt == ["#"], label))
     return tuple(found)
 
@@ -267,7 +294,7 @@ def _boxes(storage: Storage, name: str, words: bool) -> tuple[TextLine, ...]:
             for item in entity["words"] if words else [entity]:
                 x1, y1, x2, y2 = (float(v) for v in item["box"])
                 corners = [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
-                found.append(text_line(corners, str(item["text"]).strip(), False, label))
+                found.append(text_line(corners, transcript(item["text"]).strip(), False, label))
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{label}: a malformed entry ({type(error).__name__}: {error})", "fetch it again"

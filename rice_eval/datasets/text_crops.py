@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rice_eval.datasets.base import Dataset, TextLine
+from rice_eval.datasets.files import FileDataset
 from rice_eval.datasets.recognition import LabelFile, LmdbCrops
 from rice_eval.datasets.scenes_text_set import LineFacts
 from rice_eval.datasets.subset import Subset
@@ -22,6 +23,9 @@ __all__ = ["LineGeometry", "Scale", "TextCrops", "crop_of", "geometry", "line_fa
 
 FORMAT = 1
 """Version of the cutting; part of the fingerprint."""
+
+_LARGEST = 1 << 22
+"""Pixels of a line that are laid out whatever its image measures; far larger lines than the image come of broken polygons."""
 
 Bytes = NDArray[np.uint8]
 Points = NDArray[np.float64]
@@ -158,6 +162,12 @@ def crop_of(
     return out, shape.content
 
 
+def _whole_of(dataset: Dataset) -> Dataset:
+    while isinstance(dataset, Subset):
+        dataset = dataset.base
+    return dataset
+
+
 class TextCrops(Dataset):
     """Every legible line of a dataset as an image of its own.
 
@@ -187,10 +197,32 @@ class TextCrops(Dataset):
         self._page: tuple[int, Bytes] | None = None
 
     @cached_property
+    def beyond(self) -> tuple[str, ...]:
+        """Folders of LMDBs with entries after ``num-samples``: the field's readers leave them out too."""
+        inner = _whole_of(self.base)
+        return inner.beyond if isinstance(inner, LmdbCrops) else ()
+
+    @cached_property
+    def outside(self) -> int:
+        """Lines of an image file that lie wholly outside it or have no area: they make a crop, of its border's pixels."""
+        if not isinstance(_whole_of(self.base), FileDataset):
+            return 0
+        sizes: dict[int, tuple[int, int]] = {}
+        count = 0
+        for page, _, line in self._found[0]:
+            if page not in sizes:
+                try:
+                    sizes[page] = self.base.size(page)
+                except DataError:  # it can't be decoded: the pass says so
+                    sizes[page] = (1 << 62, 1 << 62)
+            height, width = sizes[page]
+            (left, top), (right, bottom) = line.polygon.min(axis=0), line.polygon.max(axis=0)
+            count += right <= max(left, 0) or bottom <= max(top, 0) or left >= width or top >= height
+        return count
+
+    @cached_property
     def _found(self) -> tuple[list[tuple[int, int, TextLine]], int, tuple[str, ...]]:
-        inner = self.base
-        while isinstance(inner, Subset):
-            inner = inner.base
+        inner = _whole_of(self.base)
         lenient = isinstance(inner, (LmdbCrops, LabelFile))
         found, ignored, unreadable = [], 0, []
         for index in range(len(self.base)):
@@ -269,6 +301,13 @@ class TextCrops(Dataset):
         held = self._page  # crops of a page follow each other: it is decoded once
         if held is None or held[0] != page:
             held = self._page = (page, self.base.image(page))
+        drawn, (height, width) = geometry(line.polygon), held[1].shape[:2]
+        if drawn.height * drawn.width > max(_LARGEST, 4.0 * (height**2 + width**2)):
+            raise DataError(
+                f"{self.image_id(index)}: the polygon of {line.text!r} is {drawn.width:.0f} x {drawn.height:.0f} pixels, "
+                f"its image {width} x {height}",
+                "mend the polygon",
+            )
         return crop_of(held[1], line.polygon, self.height, self.scale, self.margin, self.max_aspect)[0]
 
     def text(self, index: int) -> tuple[TextLine, ...]:

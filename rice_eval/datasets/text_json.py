@@ -14,7 +14,7 @@ from rice_eval.datasets.files import FileDataset, need_files, need_split
 from rice_eval.datasets.rasters import IMAGES
 from rice_eval.datasets.segmentation import find_folder
 from rice_eval.datasets.storage import Storage, open_storage
-from rice_eval.datasets.text import text_line
+from rice_eval.datasets.text import text_line, transcript
 from rice_eval.errors import DataError
 
 __all__ = ["OutlineOptions", "TextTable", "coco_text", "textocr"]
@@ -75,13 +75,13 @@ def _outline(entry: Mapping[str, Any], key: str, outline: Outline) -> list[float
 
 def coco_word(entry: Mapping[str, Any], outline: Outline, label: str) -> TextLine:
     """COCO-Text's entry: what is not legible is don't-care."""
-    text = str(entry.get("utf8_string", "")).strip()
+    text = transcript(entry.get("utf8_string") or "").strip()  # null, where nothing is legible
     return text_line(_outline(entry, "mask", outline), text, entry["legibility"] != "legible", label)
 
 
 def textocr_word(entry: Mapping[str, Any], outline: Outline, label: str) -> TextLine:
     """TextOCR's entry: a single point stands for what the annotators could not read."""
-    text = str(entry["utf8_string"]).strip()
+    text = transcript(entry["utf8_string"]).strip()
     return text_line(_outline(entry, "points", outline), text, text == ".", label)
 
 
@@ -113,7 +113,7 @@ def _table(
             sizes.append((int(entry["height"]), int(entry["width"])))
             numbers = content["imgToAnns"].get(key, ())
             lines.append(tuple(word(content["anns"][str(n)], outline, f"{label}: annotation {n}") for n in numbers))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{where}: a malformed entry ({type(error).__name__}: {error})", "fetch the annotations again"
             ) from error

@@ -15,6 +15,7 @@ from torch import Tensor
 from rice_eval.datasets.base import Dataset, TextLine
 from rice_eval.datasets.scenes_text_set import LineFacts
 from rice_eval.datasets.text_crops import TextCrops, geometry, line_facts
+from rice_eval.errors import DataError
 from rice_eval.metrics.text import LINE_METRICS, line_sums
 from rice_eval.metrics.text_statistics import TextStatistics, TextSums
 from rice_eval.probes.ctc import beam_search, best_path, split_steps
@@ -32,11 +33,14 @@ __all__ = [
     "LineScorer",
     "as_batch",
     "check_lines",
+    "check_optimiser",
+    "check_seed",
     "columns",
     "crops_of",
     "group_names",
     "groups_of",
     "line_features",
+    "need_lines",
     "remarks",
     "spread",
     "unspellable",
@@ -247,9 +251,23 @@ def remarks(crops: TextCrops, what: str) -> tuple[str, ...]:
     if crops.unreadable:
         shown = ", ".join(crops.unreadable[:5]) + (", …" if len(crops.unreadable) > 5 else "")
         out.append(f"{what}: {len(crops.unreadable)} entries can't be read: {shown}")
+    out += [f"{what}: {root} has entries after its num-samples, which are not read" for root in crops.beyond]
+    if crops.outside:
+        out.append(f"{what}: {crops.outside} lines lie outside their image or have no area; what is there is read")
     if crops.squeezed:
         out.append(f"{what}: {crops.squeezed} lines are longer than {crops.max_aspect:g} heights and were squeezed")
     return tuple(out)
+
+
+def need_lines(crops: TextCrops, what: str) -> None:
+    """DataError where a split (``what``: test, train) has no line to read, with what became of those that it has."""
+    if len(crops):
+        return
+    lost = f"{crops.ignored} are don't-care or empty, {len(crops.unreadable)} entries can't be read"
+    raise DataError(
+        f"dataset '{crops.name}', split '{crops.split}': no {what} image has a legible line ({lost})",
+        "check its labels with rice-eval data check, or take another split",
+    )
 
 
 def as_batch(windows: Sequence[np.ndarray[Any, np.dtype[np.uint8]]], device: torch.device) -> Tensor:
@@ -262,8 +280,24 @@ def check_lines(charset: str, pool: str, scale: str, height: int, margin: float,
     check_choice("charset", charset, (*CHARSETS, "train"))
     check_choice("pool", pool, POOLS)
     check_choice("scale", scale, ("fit", "native"))
-    if height < 8 or margin < 0 or max_aspect < 1:
+    if height < 8 or not (0 <= margin < math.inf and 1 <= max_aspect < math.inf):
         raise ValueError("height is at least 8, margin 0 or more, max_aspect 1 or more")
+
+
+def check_seed(seed: int) -> None:
+    """ValueError unless generators can take the seed."""
+    if not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed is 0 or more, not {seed}")
+
+
+def check_optimiser(rates: Sequence[float], decays: Sequence[float], betas: Sequence[float] = (0.9, 0.999)) -> None:
+    """ValueError unless AdamW can take these."""
+    if not all(0 < rate < math.inf for rate in rates):
+        raise ValueError(f"learning rates are above 0, not {', '.join(f'{rate:g}' for rate in rates)}")
+    if not all(0 <= decay < math.inf for decay in decays):
+        raise ValueError(f"weight decays are 0 or more, not {', '.join(f'{decay:g}' for decay in decays)}")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas are in [0, 1), not {', '.join(f'{beta:g}' for beta in betas)}")
 
 
 @dataclass(frozen=True)
@@ -299,7 +333,15 @@ class LineReader:
 
 def unspellable(crops: TextCrops, charset: Charset) -> tuple[str, ...]:
     """Test lines that the charset can't write: they can never be read exactly."""
-    lines = sum(bool(charset.encode(crops.text(i)[0].text)[1]) for i in range(len(crops)))
-    return (
-        (f"test: {lines} of {len(crops)} lines have characters outside the charset '{charset.name}'",) if lines else ()
-    )
+    texts = [crops.text(i)[0].text for i in range(len(crops))]
+    lines = sum(bool(charset.encode(text)[1]) for text in texts)
+    capitals = sum(charset.fold(text) != text for text in texts)
+    notes = []
+    if lines:
+        notes.append(f"test: {lines} of {len(texts)} lines have characters outside the charset '{charset.name}'")
+    if capitals:
+        notes.append(
+            f"test: {capitals} of {len(texts)} lines have capitals, which the charset '{charset.name}' does not write; "
+            "word_accuracy and anls alone ignore them"
+        )
+    return tuple(notes)

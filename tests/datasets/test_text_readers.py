@@ -19,7 +19,9 @@ from PIL import Image
 from rice_eval.datasets import load_dataset
 from rice_eval.datasets.check import check
 from rice_eval.datasets.text import text_line
+from rice_eval.datasets.text_crops import TextCrops
 from rice_eval.errors import DataError
+from rice_eval.protocols.ocr_lines import remarks
 
 SQUARE = [[1, 2], [9, 2], [9, 5], [1, 5]]
 
@@ -445,3 +447,97 @@ def test_malformed_label_files(tmp_path: Path) -> None:
     put(tmp_path / "val.txt", "1.png\ta\n1.png\tb\n")
     with pytest.raises(DataError, match="lists 1.png twice"):
         load_dataset("label-file", "val", tmp_path)
+
+
+@pytest.mark.parametrize("text", ["null", "7", '"x\\ud83d"'])
+def test_transcripts_of_json_are_text(tmp_path: Path, text: str) -> None:
+    photo(tmp_path / "1.png")
+    put(tmp_path / "val.jsonl", f'{{"filename": "1.png", "text": {text}}}\n')
+    with pytest.raises(DataError, match=r"val.jsonl:1: .*transcript"):
+        load_dataset("label-file", "val", tmp_path, {"labels": "val.jsonl"})
+    put(tmp_path / "val.json", f'{{"data_list": [{{"img_path": "1.png", "instances": [{{"text": {text}}}]}}]}}')
+    with pytest.raises(DataError, match=r"entry 1 of data_list .*transcript"):
+        load_dataset("label-file", "val", tmp_path, {"labels": "val.json"})
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "5", '{"data_list": 5}', '{"data_list": {"a": 1}}'])
+def test_a_json_of_labels_without_its_list(tmp_path: Path, content: str) -> None:
+    put(tmp_path / "val.json", content)
+    with pytest.raises(DataError, match="val.json: has no list data_list"):
+        load_dataset("label-file", "val", tmp_path, {"labels": "val.json"})
+
+
+def test_lmdb_files_that_are_cut_off_or_count_wrong(tmp_path: Path) -> None:
+    entries = {key: value * 4000 if key.startswith("label") else value for key, value in crops().items()}
+    whole = write_lmdb(tmp_path / "whole", entries) / "data.mdb"
+    for share in (2, 3):
+        (tmp_path / f"cut{share}").mkdir()
+        (tmp_path / f"cut{share}" / "data.mdb").write_bytes(whole.read_bytes()[: whole.stat().st_size // share])
+        with pytest.raises(DataError, match=r"data.mdb: cut off, \d+ of \d+ bytes"):
+            load_dataset("lmdb", f"cut{share}", tmp_path)
+    write_lmdb(tmp_path / "few", {**crops(), "num-samples": b"3"})
+    few: Any = load_dataset("lmdb", "few", tmp_path)
+    assert (len(few), few.beyond) == (3, (str(tmp_path / "few"),))
+    assert not load_dataset("lmdb", "whole", tmp_path).beyond  # type: ignore[attr-defined]
+    assert remarks(TextCrops(few, 32), "test")[-1].endswith("few has entries after its num-samples, which are not read")
+    write_lmdb(tmp_path / "many", {**crops(), "num-samples": b"1000000000"})
+    with pytest.raises(DataError, match="num-samples is 1000000000, but the file has 11 keys"):
+        load_dataset("lmdb", "many", tmp_path)
+
+
+def test_linked_lmdbs_are_parts_too(tmp_path: Path) -> None:
+    write_lmdb(tmp_path / "elsewhere" / "a", crops())
+    write_lmdb(tmp_path / "training" / "MJ" / "b", crops())
+    (tmp_path / "training" / "MJ" / "a").symlink_to(tmp_path / "elsewhere" / "a")
+    (tmp_path / "training" / "MJ" / "back").symlink_to(tmp_path / "training")
+    ids = {load_dataset("lmdb", "training/MJ", tmp_path).image_id(i) for i in range(10)}
+    assert {key.split("/")[0] for key in ids} == {"a", "b"}
+
+
+def test_two_truths_of_one_image_and_lines_that_returns_part(tmp_path: Path) -> None:
+    root = write_sroie(tmp_path)
+    put(root / "val" / "box" / "001.csv", "1,2,9,2,9,5,1,5,a\r1,2,9,2,9,5,1,5,b\r")
+    with pytest.raises(DataError, match="001.csv:1: .*carriage return"):
+        load_dataset("sroie", "val", root).text(1)
+    put(root / "val" / "box" / "001.csv", "1,nan,9,2,9,5,1,5,a\n")
+    with pytest.raises(DataError, match="001.csv:1: a polygon with a coordinate that is no finite number"):
+        load_dataset("sroie", "val", root).text(1)
+    put(root / "val" / "box" / "001.txt", "1,2,9,2,9,5,1,5,a\n")
+    with pytest.raises(DataError, match="001.csv and 001.txt are both there for one image; remove one of them"):
+        load_dataset("sroie", "val", root)
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ({"utf8_string": None, "legibility": "illegible"}, ""),
+        ({"utf8_string": 7, "legibility": "legible"}, None),
+        (5, None),
+    ],
+)
+def test_coco_text_entries_without_text(tmp_path: Path, entry: Any, expected: str | None) -> None:
+    photo(tmp_path / "train2014" / "a.jpg")
+    word = {"bbox": [1, 1, 5, 5], **entry} if isinstance(entry, dict) else entry
+    image = {"set": "val", "width": 12, "height": 8, "file_name": "a.jpg"}
+    put(tmp_path / "cocotext.v2.json", json.dumps({"imgs": {"1": image}, "anns": {"9": word}, "imgToAnns": {"1": [9]}}))
+    if expected is None:
+        with pytest.raises(DataError, match="image 1: a malformed entry"):
+            load_dataset("coco-text", "val", tmp_path)
+    else:
+        (line,) = load_dataset("coco-text", "val", tmp_path).text(0)
+        assert (line.text, line.ignore) == (expected, True)
+
+
+def test_lines_outside_their_image_are_counted(tmp_path: Path) -> None:
+    root = write_sroie(tmp_path)
+    rows = [
+        "1,2,9,2,9,5,1,5,in",
+        "-9,2,-1,2,-1,5,-9,5,left",
+        "12,2,19,2,19,5,12,5,right",
+        "3,3,3,3,3,3,3,3,dot",
+        "8,2,19,2,19,5,8,5,half",
+    ]
+    put(root / "val" / "box" / "001.csv", "\n".join(rows))
+    cut = TextCrops(load_dataset("sroie", "val", root), 32)
+    assert (len(cut), cut.outside) == (7, 3)
+    assert "test: 3 lines lie outside their image or have no area; what is there is read" in remarks(cut, "test")
