@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,9 +23,12 @@ from rice_eval.protocols.ocr_lines import (
     LineReader,
     LineScorer,
     check_lines,
+    check_optimiser,
+    check_seed,
     columns,
     crops_of,
     line_features,
+    need_lines,
     remarks,
     unspellable,
 )
@@ -103,8 +107,12 @@ class CtcLinear(Protocol):
         check_lines(self.charset, self.pool, self.scale, self.height, self.margin, self.max_aspect)
         if not self.lrs or not self.wds or len(self.betas) != 2:
             raise ValueError("lrs and wds need at least one value each, betas exactly two")
-        if min(self.steps, self.batch) < 1 or self.beam < 0 or self.frame <= 0:
+        check_seed(self.seed)
+        check_optimiser(self.lrs, self.wds, self.betas)
+        if min(self.steps, self.batch) < 1 or self.beam < 0 or not 0 < self.frame < math.inf:
             raise ValueError("steps and batch are at least 1, beam 0 or more, frame above 0")
+        if not 0 <= self.norm_eps < math.inf:
+            raise ValueError("norm_eps is 0 or more")
         if not 0 <= self.warmup < 1 or not 0 < self.holdout < 1:
             raise ValueError("warmup is in [0, 1) and holdout in (0, 1)")
 
@@ -170,9 +178,10 @@ class CtcLinear(Protocol):
 
     def run(self, context: Context) -> Outcome:
         """See ``Protocol.run``."""
+        crops = self.part("crops", context.test)
+        need_lines(crops, "test")
         fitted = self.fit(context)
         reader = fitted.reader
-        crops = self.part("crops", context.test)
         test = context.tokens("test/crops", self.view)
         scorer = LineScorer(crops, context.panels, context.keep_predictions)
 

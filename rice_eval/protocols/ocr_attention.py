@@ -19,7 +19,17 @@ from rice_eval.datasets.text_crops import TextCrops
 from rice_eval.probes.linear import Moments, warmup_cosine
 from rice_eval.probes.reading import AttentiveReader
 from rice_eval.protocols.base import Context, Head, Outcome, Protocol
-from rice_eval.protocols.ocr_lines import LineScorer, check_lines, columns, crops_of, remarks, unspellable
+from rice_eval.protocols.ocr_lines import (
+    LineScorer,
+    check_lines,
+    check_optimiser,
+    check_seed,
+    columns,
+    crops_of,
+    need_lines,
+    remarks,
+    unspellable,
+)
 from rice_eval.protocols.ocr_training import ReadsLines, Rider, TrainingLines
 from rice_eval.protocols.segmentation import LAYER_SETS, LayerSet, check_choice, layers_of
 
@@ -70,6 +80,8 @@ class AttnProbe(Protocol):
         check_lines(self.charset, "mean", "fit", self.height, self.margin, self.max_aspect)
         if min(self.length, self.width // 2, self.steps, self.batch) < 1 or not self.lrs:
             raise ValueError("length, steps and batch are at least 1, width at least 2, and lrs needs a value")
+        check_seed(self.seed)
+        check_optimiser(self.lrs, (self.wd,))
         if not 0 <= self.warmup < 1 or not 0 < self.holdout < 1:
             raise ValueError("warmup is in [0, 1) and holdout in (0, 1)")
 
@@ -90,7 +102,8 @@ class AttnProbe(Protocol):
     def run(self, context: Context) -> Outcome:
         """See ``Protocol.run``."""
         layers = self.layers(context.facts)
-        crops = self.part("crops", context.train)
+        crops, test_crops = self.part("crops", context.train), self.part("crops", context.test)
+        need_lines(test_crops, "test")
         source = context.tokens("train/crops", self.view)
         indices = source.indices
         grid = tuple((layer, lr) for layer in layers for lr in self.lrs)
@@ -108,7 +121,6 @@ class AttnProbe(Protocol):
         layer, lr = grid[int(np.argmax(marks))] if marks else grid[0]
         head = self._train(context, ((layer, lr),), sums.moments, reader, lines, indices, "refit")[0]
         fitted = time.perf_counter() - start
-        test_crops = self.part("crops", context.test)
         test = context.tokens("test/crops", self.view)
         scorer = LineScorer(test_crops, context.panels, context.keep_predictions)
 

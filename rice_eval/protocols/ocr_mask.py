@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from rice_eval.metrics.text_statistics import TextStatistics, TextSums
 from rice_eval.probes.linear import LinearMap
 from rice_eval.protocols.base import Context, Outcome, Panel
 from rice_eval.protocols.linear import Linear, LinearTrainPass
-from rice_eval.protocols.ocr_lines import group_names, groups_of, spread
+from rice_eval.protocols.ocr_lines import check_optimiser, check_seed, group_names, groups_of, spread
 from rice_eval.protocols.segmentation import LayerSet, scaled_logits
 from rice_eval.report.panels import Polygons
 from rice_eval.views import Frame
@@ -181,7 +182,9 @@ class TextMask(Linear):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.threshold < 1 or min(self.min_tokens, self.smooth) < 0:
+        check_seed(self.seed)
+        check_optimiser(self.lrs, self.wds, self.betas)
+        if not 0 < self.threshold < 1 or not all(0 <= v < math.inf for v in (self.min_tokens, self.smooth)):
             raise ValueError("threshold is in (0, 1), min_tokens and smooth 0 or more")
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from rice_eval.metrics.multilabel import MultilabelStatistics
 from rice_eval.metrics.text import normalise
 from rice_eval.metrics.text_statistics import TextSums
 from rice_eval.protocols.base import Context, Head, Outcome, Protocol
-from rice_eval.protocols.ocr_lines import as_batch, crops_of
+from rice_eval.protocols.ocr_lines import as_batch, check_seed, crops_of, remarks
 from rice_eval.protocols.segmentation import LAYER_SETS, LayerSet, check_choice, held_out, layers_of
 from rice_eval.views import Frame, View
 
@@ -60,10 +61,16 @@ class _Regions:
         self.texts: list[str] = []
         self.images: list[int] = []
         self.missed = 0
+        self.skipped = 0
         self.seconds = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
+
+    @property
+    def lost(self) -> str:
+        """What became of the lines that have no feature."""
+        return f"{self.skipped} are don't-care or have no letter or digit, {self.missed} lie outside every frame"
 
     def annotate(self, dataset: Dataset, index: int, frames: tuple[Frame, ...]) -> tuple[TextLine, ...]:
         """The lines of the image."""
@@ -74,6 +81,7 @@ class _Regions:
         start = time.perf_counter()
         for line in tokens.target:
             if line.ignore or not normalise(line.text):
+                self.skipped += 1
                 continue
             box = np.concatenate([line.polygon.min(axis=0), line.polygon.max(axis=0)])
             shown = [_overlap(frame, box) for frame in tokens.frames]
@@ -137,7 +145,9 @@ class RegionTokens(Protocol):
     def __post_init__(self) -> None:
         check_choice("labels", self.labels, ("characters", "pieces"))
         check_choice("layer_set", self.layer_set, LAYER_SETS)
-        if not self.ridges or min(self.ridges) <= 0 or self.pieces < 1 or not 0 < self.holdout < 1:
+        check_seed(self.seed)
+        positive = all(0 < ridge < math.inf for ridge in self.ridges)
+        if not self.ridges or not positive or self.pieces < 1 or not 0 < self.holdout < 1:
             raise ValueError("ridges are above 0, pieces at least 1, holdout in (0, 1)")
 
     def layers(self, facts: EncoderFacts) -> tuple[int, ...]:
@@ -156,7 +166,10 @@ class RegionTokens(Protocol):
         names = tuple(sorted(p for p, _ in common[: self.pieces]))
         pages = sorted(set(train.images))
         if len(pages) < 2 or not names:
-            raise DataError(f"dataset '{context.train.name}': fewer than two training images have legible lines")
+            raise DataError(
+                f"dataset '{context.train.name}': fewer than two training images have legible lines ({train.lost})",
+                "use more training images",
+            )
         truth = _labels(found, names)
         start = time.perf_counter()
         away = set(held_out(pages, self.holdout, self.seed)[1])
@@ -171,6 +184,11 @@ class RegionTokens(Protocol):
                 made = MultilabelStatistics([str(k) for k in range(order.max() + 1)], order, scores, truth[held], names)
                 marks.append(float(made.values(np.ones((1, order.max() + 1)))["map"][0]))
                 grid.append((layer, ridge))
+        if np.isnan(marks).all():
+            raise DataError(
+                f"dataset '{context.train.name}': the held-out training images have none of the {len(names)} labels",
+                "--set a larger holdout or more pieces, or use more training images",
+            )
         layer, ridge = grid[int(np.nanargmax(marks))]
         weight, bias = _ridge(torch.stack(train.features[layer]), truth, ridge)
         fitted = time.perf_counter() - start
@@ -178,7 +196,10 @@ class RegionTokens(Protocol):
         test = _Regions((layer,), context.progress("predict", len(test_source.indices)))
         test_source.consume(test)
         if not test.texts:
-            raise DataError(f"dataset '{context.test.name}': no test image has a legible line")
+            raise DataError(
+                f"dataset '{context.test.name}': no test image has a legible line ({test.lost})",
+                "check its labels with rice-eval data check, or take another split",
+            )
         scores = (torch.stack(test.features[layer]) @ weight + bias).numpy()
         ids = {index: k for k, index in enumerate(test_source.indices)}
         statistics = MultilabelStatistics(
@@ -189,7 +210,11 @@ class RegionTokens(Protocol):
             names,
         )
         chosen = {"layer": layer, "ridge": ridge}
-        notes = []
+        notes = [
+            f"{what}: {part.skipped} lines are don't-care or have no letter or digit; they are no regions"
+            for what, part in (("train", train), ("test", test))
+            if part.skipped
+        ]
         if train.missed or test.missed:
             notes.append(f"{train.missed} training and {test.missed} test lines lie outside every frame")
         return Outcome(
@@ -248,9 +273,14 @@ class ZeroShotWords(Protocol):
     batch: int = 32
 
     def __post_init__(self) -> None:
-        if "{}" not in self.prompt:
+        check_seed(self.seed)
+        try:
+            written = self.prompt.format("RICE-EVAL")
+        except (KeyError, IndexError, AttributeError, ValueError) as error:
+            raise ValueError(f"prompt '{self.prompt}' has other braces than one {{}} for the word") from error
+        if "RICE-EVAL" not in written:
             raise ValueError("prompt has no {} for the word")
-        if self.candidates < 2 or self.batch < 1 or self.height < 8 or self.margin < 0:
+        if self.candidates < 2 or self.batch < 1 or self.height < 8 or not 0 <= self.margin < math.inf:
             raise ValueError("candidates at least 2, batch at least 1, height at least 8, margin 0 or more")
 
     def views(self) -> Mapping[str, Sequence[str]]:
@@ -267,6 +297,8 @@ class ZeroShotWords(Protocol):
         red, green, blue = (round(255 * m) for m in context.facts.mean)
         texts = [crops.text(i)[0].text for i in range(len(crops))]
         wanted = [i for i, text in enumerate(texts) if normalise(text)]
+        left = len(texts) - len(wanted)
+        plain = (f"test: {left} of {len(texts)} lines have no letter or digit and are not ranked",) if left else ()
         words = sorted({texts[i] for i in wanted})
         if len(words) < 2:
             raise DataError(f"dataset '{context.test.name}': fewer than two different words to choose among")
@@ -300,5 +332,6 @@ class ZeroShotWords(Protocol):
             chosen={"candidates": min(self.candidates, len(words))},
             layers=(context.facts.layers,),
             seconds={"predict": time.perf_counter() - start},
+            warnings=(*remarks(crops, "test"), *plain),
             forwards=len(wanted),
         )

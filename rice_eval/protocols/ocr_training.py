@@ -15,7 +15,7 @@ from rice_eval.datasets.base import Dataset
 from rice_eval.datasets.text_crops import TextCrops
 from rice_eval.errors import DataError
 from rice_eval.metrics.text import one_minus_ned
-from rice_eval.protocols.ocr_lines import Charset, LineScorer, remarks
+from rice_eval.protocols.ocr_lines import Charset, LineScorer, need_lines, remarks
 from rice_eval.protocols.segmentation import held_out
 
 __all__ = ["ReadsLines", "Rider", "TrainingLines"]
@@ -56,8 +56,12 @@ class TrainingLines:
         Raises:
             DataError: no line at all.
         """
+        need_lines(crops, "training")
         if not indices:
-            raise DataError(f"dataset '{crops.name}': no training image has a legible line")
+            raise DataError(
+                f"dataset '{crops.name}', split '{crops.split}': every training image with a legible line was left out",
+                "replace the images that can't be decoded",
+            )
         texts = {i: crops.text(i)[0].text for i in indices}
         written = Charset.of(charset, list(texts.values()))
         targets = {i: written.encode(text)[0] for i, text in texts.items()}

@@ -16,11 +16,13 @@ from rice_eval.bank.source import ImageTokens
 from rice_eval.datasets.base import IGNORE, Dataset, TextLine
 from rice_eval.datasets.scenes_text_set import ScenesText
 from rice_eval.datasets.subset import Subset
+from rice_eval.datasets.text_crops import TextCrops
+from rice_eval.errors import DataError, UsageError
 from rice_eval.probes.linear import LinearMap
 from rice_eval.protocols.base import Context, configure
 from rice_eval.protocols.ocr import CtcLinear
 from rice_eval.protocols.ocr_attention import AttnProbe
-from rice_eval.protocols.ocr_lines import Charset, group_names
+from rice_eval.protocols.ocr_lines import Charset, group_names, unspellable
 from rice_eval.protocols.ocr_mask import TextMask, boxes_of, probability_map, text_labels
 from rice_eval.protocols.ocr_pages import PageScorer, ReadPage, reading_order
 from rice_eval.registry import protocols
@@ -242,3 +244,73 @@ def test_fine_tokens_are_averaged():
     smooth, area = probability_map(head, tokens, 1, 6.0)
     assert area == pytest.approx(36)
     assert len(boxes_of(smooth, 0.4, area / 2, 0.0)[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("ctc-linear", "seed", "-1"), ("text-mask", "seed", "-1"), ("region-tokens", "seed", "-1"), ("ctc-linear", "frame", "nan"), ("ctc-linear", "frame", "inf"), ("ctc-linear", "margin", "nan"),
+        ("ctc-linear", "max_aspect", "inf"), ("ctc-linear", "lrs", "0.1,-1"), ("ctc-linear", "lrs", "nan"),
+        ("ctc-linear", "wds", "-1"), ("ctc-linear", "betas", "1,1"), ("ctc-linear", "norm_eps", "nan"),
+        ("attn-probe", "lrs", "0"), ("attn-probe", "wd", "nan"), ("attn-probe", "margin", "inf"),
+        ("text-mask", "smooth", "inf"), ("text-mask", "min_tokens", "nan"), ("text-mask", "lrs", "nan"),
+        ("read-page", "mask_lrs", "-1"), ("read-page", "frame", "nan"),
+        ("region-tokens", "ridges", "1,nan"), ("zero-shot-words", "margin", "nan"),
+        ("zero-shot-words", "prompt", "{} {0"), ("zero-shot-words", "prompt", "{{}}"), ("zero-shot-words", "prompt", "{word} {}"),
+    ],
+)  # fmt: skip
+def test_numbers_that_cannot_be_are_usage_errors(name: str, field: str, value: str):
+    with pytest.raises(UsageError, match=f"protocol '{name}'"):
+        configure(protocols.get(name), {"view": "square=64", field: value})
+
+
+class Written(Dataset):
+    """One blank image with the lines given."""
+
+    name, split, provides, fingerprint = "written", "val", frozenset({"text"}), "0"
+
+    def __init__(self, *lines: TextLine) -> None:
+        self.lines = lines
+
+    def __len__(self) -> int:
+        return 1
+
+    def image_id(self, index: int) -> str:
+        return "page"
+
+    def image(self, index: int) -> Any:
+        return np.zeros((30, 60, 3), np.uint8)
+
+    def text(self, index: int) -> tuple[TextLine, ...]:
+        return self.lines
+
+
+def box(width: float, height: float) -> np.ndarray:
+    return np.array([[1, 1], [1 + width, 1], [1 + width, 1 + height], [1, 1 + height]], dtype=np.float64)
+
+
+def test_capitals_that_a_charset_never_writes_are_counted():
+    crops = TextCrops(Written(TextLine(box(40, 9), "Abc"), TextLine(box(40, 9), "abc"), TextLine(box(9, 9), "a-b")), 32)
+    assert unspellable(crops, Charset.of("alnum-case", [])) == (
+        "test: 1 of 3 lines have characters outside the charset 'alnum-case'",
+    )
+    outside, capitals = unspellable(crops, Charset.of("alnum", []))
+    assert "1 of 3 lines have characters outside" in outside
+    assert "1 of 3 lines have capitals" in capitals
+
+
+@pytest.mark.parametrize("kind", [CtcLinear, AttnProbe])
+def test_no_legible_line_is_one_sentence(kind: Any, pages: Lines):
+    blank = Written(TextLine(box(40, 9), "", True))
+    for train, test, what in ((pages, blank, "test"), (blank, pages, "training")):
+        with pytest.raises(DataError, match=rf"split 'val': no {what} image has a legible line \(1 are don't-care"):
+            kind(steps=1).run(context_of(kind(), train, test))
+
+
+def test_a_polygon_far_larger_than_its_image_is_named():
+    crops = TextCrops(Written(TextLine(box(40, 9), "fine"), TextLine(box(3e6, 9e6), "broken")), 32)
+    assert crops.image(0).shape[0] == 32
+    with pytest.raises(
+        DataError, match=r"page-0001: the polygon of 'broken' is 3000000 x 9000000 pixels, its image 60 x 30"
+    ):
+        crops.image(1)

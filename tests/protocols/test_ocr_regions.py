@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 from test_ocr import Lines, Strokes, context_of
 
+from rice_eval.datasets.base import TextLine
 from rice_eval.datasets.scenes_text_set import ScenesText
-from rice_eval.errors import PlanError
+from rice_eval.errors import DataError, PlanError
 from rice_eval.metrics.multilabel import MultilabelStatistics, average_precisions
 from rice_eval.metrics.statistics import statistics_from_arrays
 from rice_eval.protocols.ocr_regions import RegionTokens, ZeroShotWords, pieces_of, region_mean
+from rice_eval.protocols.segmentation import held_out
 from rice_eval.views import View
 
 
@@ -91,3 +94,40 @@ def test_zero_shot_words_need_a_text_tower():
     found = protocol.run(context)
     assert set(found.statistics.point()) == {"accuracy", "recall_at_5"}
     assert found.statistics.point()["recall_at_5"] == 100  # four candidates
+
+
+def test_lines_that_are_left_out_are_counted():
+    extra = [
+        TextLine(np.array([[1.0, 1], [40, 1], [40, 20], [1, 20]]), text, ignore)
+        for text, ignore in (("?!", False), ("x", True))
+    ]
+    train = Lines(ScenesText("train", 3, size=256), range(3), extra)
+    protocol = RegionTokens(view="square=256", ridges=(0.1,))
+    found = protocol.run(context_of(protocol, train, train))
+    for what in ("train", "test"):
+        assert f"{what}: 6 lines are don't-care or have no letter or digit; they are no regions" in found.warnings
+    words = ZeroShotWords(candidates=4)
+    context = context_of(words, train, train)
+    context.encoder = Speller
+    notes = "\n".join(words.run(context).warnings)
+    assert "test: 3 lines are don't-care or have an empty label" in notes
+    assert re.search(r"test: 3 of \d+ lines have no letter or digit and are not ranked", notes)
+
+
+def test_no_label_among_the_held_out_images_is_one_sentence():
+    data = ScenesText("train", 3, size=256)
+    lines = [TextLine(np.array([[1.0, 1], [40, 1], [40, 20], [1, 20]]), text) for text in "aab"]
+
+    class OneLine(Lines):
+        def text(self, index: int) -> tuple[TextLine, ...]:
+            return (lines[index],)
+
+    train = OneLine(data, range(3))
+    for seed in range(4):
+        protocol = RegionTokens(view="square=256", ridges=(0.1,), pieces=1, seed=seed)
+        (away,) = held_out(range(3), 0.2, seed)[1]
+        if lines[away].text == "b":
+            with pytest.raises(DataError, match="the held-out training images have none of the 1 labels"):
+                protocol.run(context_of(protocol, train, train))
+            return
+    raise AssertionError("no seed holds out the image of b")
