@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,15 +21,18 @@ from rice_eval.cards import TaskCard, catalogue
 from rice_eval.datasets import load_dataset
 from rice_eval.datasets.base import Dataset, TextLine
 from rice_eval.datasets.subset import Subset
-from rice_eval.errors import MissingExtraError, PlanError
+from rice_eval.errors import DataError, MissingExtraError, PlanError
 from rice_eval.metrics.text_statistics import TextStatistics
 from rice_eval.pictures import save_pictures
 from rice_eval.protocols.base import Panel
-from rice_eval.protocols.ocr_lines import LineScorer, crops_of, remarks
+from rice_eval.protocols.base import Protocol as Scored
+from rice_eval.protocols.ocr_lines import LineScorer, crops_of, need_lines, remarks
 from rice_eval.protocols.ocr_mask import MaskScorer, text_labels
 from rice_eval.protocols.ocr_pages import PageScorer
+from rice_eval.registry import protocols as registered
 from rice_eval.results.bootstrap import intervals
 from rice_eval.results.curves import group_intervals
+from rice_eval.results.entries import class_entries, metric_entries
 
 __all__ = ["RapidOcr", "Reference", "System", "evaluate_reference"]
 
@@ -86,7 +89,7 @@ class Reference:
     task: str
     protocol: str
     metrics: dict[str, tuple[float, float | None, float | None]]
-    groups: dict[str, dict[str, float]]
+    groups: dict[str, dict[str, float | None]]
     path: Path
 
 
@@ -142,7 +145,12 @@ def evaluate_reference(
     for protocol in protocols:
         start = time.perf_counter()
         score = {"ctc-linear": _lines, "text-mask": _regions, "read-page": _pages}[protocol]
-        statistics, drawn, notes = score(system, test, panels, progress)
+        try:
+            statistics, drawn, notes = score(system, test, panels, progress)
+        except DataError as error:
+            if "--on-bad-image" not in error.fix:
+                raise
+            raise DataError(error.what, "replace the file: a reference leaves no image out") from error
         rows.append(
             _write(
                 system, card, test, protocol, statistics, drawn, notes, results, resamples, time.perf_counter() - start
@@ -171,6 +179,7 @@ def _lines(
     system: System, test: Dataset, panels: int, progress: Callable[[str, int], Callable[[int], None]]
 ) -> tuple[TextStatistics, tuple[Panel, ...], tuple[str, ...]]:
     crops = crops_of(test, 48, "fit", 0.15, 32.0)
+    need_lines(crops, "test")
     scorer = LineScorer(crops, panels, False)
     advance = progress("lines", len(crops))
     for index in range(len(crops)):
@@ -220,12 +229,15 @@ def _write(
     resamples: int,
     seconds: float,
 ) -> Reference:
-    bounds = intervals(statistics, resamples=resamples)
-    metrics = {}
-    for name, value in statistics.point().items():
-        low, high = bounds.get(name, (None, None))
-        metrics[name] = (float(value), low, high)
-    groups = statistics.per_class()
+    entries = metric_entries(statistics, intervals(statistics, resamples=resamples))
+    headline = cast("type[Scored]", registered.get(protocol)).metric
+    if headline not in entries:
+        raise DataError(
+            f"task '{card.name}': '{headline}' of '{protocol}' has nothing to divide by on {len(test)} test images",
+            "check that the test split is labelled",
+        )
+    metrics = {name: (entry.value, entry.low, entry.high) for name, entry in entries.items()}
+    groups = class_entries(statistics)
     path = results / "references" / f"{card.name.replace('/', '-')}-{protocol}-{system.name}.json"
     content = {
         "reference": True,

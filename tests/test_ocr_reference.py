@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from rice_eval.datasets.scenes_text_set import ScenesText
-from rice_eval.errors import PlanError
+from rice_eval.errors import DataError, PlanError
 from rice_eval.ocr_reference import evaluate_reference
 
 OPTIONS = {"n_train": 1, "n_val": 2, "size": 256}
@@ -64,3 +65,18 @@ def test_rows_of_an_oracle_and_a_blind_system(tmp_path: Path):
 def test_other_protocols_are_refused(tmp_path: Path):
     with pytest.raises(PlanError, match="zero-shot-words"):
         evaluate_reference(Blind(), options=OPTIONS, protocols=("zero-shot-words",), results=tmp_path)
+
+
+def test_nothing_to_read_and_damaged_images_are_one_sentence(tmp_path: Path):
+    for name, text in (("0", ""), ("1", "")):
+        for part, suffix in (("img", "png"), ("box", "csv")):
+            (tmp_path / "val" / part).mkdir(parents=True, exist_ok=True)
+            path = tmp_path / "val" / part / f"{name}.{suffix}"
+            Image.new("RGB", (40, 20)).save(path) if part == "img" else path.write_text(text)
+    for protocol, words in (("ctc-linear", "no test image has a legible line"), ("read-page", "nothing to divide by")):
+        with pytest.raises(DataError, match=words):
+            evaluate_reference(Blind(), dataset="sroie", data=tmp_path, protocols=(protocol,), results=tmp_path / "r")
+    (tmp_path / "val" / "img" / "1.png").write_bytes(b"none")
+    with pytest.raises(DataError, match=r"1.png: can't be decoded .*a reference leaves no image out"):
+        evaluate_reference(Blind(), dataset="sroie", data=tmp_path, protocols=("read-page",), results=tmp_path / "r")
+    assert not (tmp_path / "r" / "references").exists()
