@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rice_eval.errors import UsageError
+
+if TYPE_CHECKING:
+    from rice_eval.results.curves import Point
 
 __all__ = ["register"]
 
@@ -35,15 +38,23 @@ def curve(
     if format not in ("table", "csv", "json"):
         raise UsageError(f"--format {format} is not known", "choose table, csv or json")
     folders = list(roots or [Path("results")])
-    points = of.curves(read_records(folders), group, metric) + of.reference_curves(folders, group, metric)
-    points = [p for p in points if (not task or p.task in task) and (not protocol or p.protocol in protocol)]
+    stored = list(read_records(folders))
+
+    def wanted(points: list[Point]) -> list[Point]:
+        return [p for p in points if (not task or p.task in task) and (not protocol or p.protocol in protocol)]
+
+    references = wanted(of.reference_curves(folders, group, metric))
+    points = wanted(of.curves(stored, group, metric)) + references
     if not points:
         raise UsageError(
             f"no record here has groups by {group}" + (f" for metric '{metric}'" if metric else ""),
             "run a task of kind ocr first, e.g. rice-eval ocr -e ENCODER",
         )
     if format == "table":
-        _print(points, group)
+        if output is not None:
+            raise UsageError("--output takes no table", "add --format csv or --format json")
+        # One record a row, one comparability key a table: what was scored otherwise is never set beside it.
+        _print([(e.record.comparability_key, wanted(of.curves([e], group, metric))) for e in stored], references, group)
         return
     text = of.curves_csv(points) if format == "csv" else of.curves_json(points)
     if output is None:
@@ -53,18 +64,31 @@ def curve(
         write_atomic(output, text.encode())
 
 
-def _print(points: list, group: str) -> None:  # type: ignore[type-arg]  # of Point, which is imported when needed
+def _print(found: list[tuple[str, list[Point]]], references: list[Point], group: str) -> None:
     from rice_eval.cli.tables import print_table
 
-    boards: dict[tuple[str, str, str], list] = {}  # type: ignore[type-arg]
-    for point in points:
-        boards.setdefault((point.task, point.protocol, point.metric), []).append(point)
-    for (task, protocol, metric), members in boards.items():
-        names = {p.group: p.start for p in sorted(members, key=lambda p: p.start)}
-        rows: dict[tuple[str, str, str], dict[str, str]] = {}
-        for p in members:
-            title = f"{p.encoder} (reference)" if p.reference else p.encoder
-            row = rows.setdefault((p.encoder, p.view, p.seeds), {"encoder": title, **dict.fromkeys(names, "")})
-            interval = f" [{p.low:.0f}, {p.high:.0f}]" if p.low is not None and p.high is not None else ""
-            row[p.group] = f"{p.value:.1f}{interval}"
-        print_table(list(rows.values()), title=f"{task} · {protocol} · {metric} by {group}")
+    Board = tuple[str, str, str, str]
+    boards: dict[Board, list[list[Point]]] = {}
+    for key, points in found:
+        if points:
+            boards.setdefault((points[0].task, points[0].protocol, points[0].metric, key), []).append(points)
+    systems: dict[tuple[str, str, str, str], list[Point]] = {}
+    for point in references:
+        systems.setdefault((point.task, point.protocol, point.metric, point.encoder), []).append(point)
+    for (*place, _), members in sorted(systems.items()):
+        same = [name for name in boards if list(name[:3]) == place]
+        for name in same or [(place[0], place[1], place[2], "")]:
+            boards.setdefault(name, []).append(members)
+    titles = [name[:3] for name in boards]
+    for (task, protocol, metric, key), rows in sorted(boards.items()):
+        names = {p.group: None for p in sorted((p for row in rows for p in row), key=lambda p: p.start)}
+        table = []
+        for points in rows:
+            title = f"{points[0].encoder} (reference)" if points[0].reference else points[0].encoder
+            row = {"encoder": title, **dict.fromkeys(names, "")}
+            for p in points:
+                interval = f" [{p.low:.0f}, {p.high:.0f}]" if p.low is not None and p.high is not None else ""
+                row[p.group] = f"{p.value:.1f}{interval}"
+            table.append(row)
+        several = f" · key {key}" if titles.count((task, protocol, metric)) > 1 else ""
+        print_table(table, title=f"{task} · {protocol} · {metric} by {group}{several}")

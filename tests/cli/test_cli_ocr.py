@@ -130,3 +130,20 @@ def test_the_curve_of_a_run_is_one_command(tmp_path: Path, capsys: pytest.Captur
     assert [p["start"] for p in points] == sorted(p["start"] for p in points)
     page = (tmp_path / "r" / "report.html").read_text()
     assert "height 12 px" in page
+
+
+def test_curves_of_records_that_differ_in_a_setting_stay_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for charset in ("ascii", "digits"):
+        command = ["ocr", "-e", "rgb-moments", "--option", "n_train=4", "--option", "n_val=3", "--option", "size=256"]
+        command += ["--set", "steps=3", "--set", f"charset={charset}", "--set", "batch=2", "--no-report"]
+        code, _, err = run(capsys, *command, "--results", tmp_path / "r", "--bank", tmp_path / "b", "--workers", 0)
+        assert code == 0, err
+    code, out, err = run(capsys, "curve", tmp_path / "r")
+    assert code == 0, err
+    assert out.count("by height · key ") == 2
+    assert out.count("rgb-moments") == 2
+    code, _, err = run(capsys, "curve", tmp_path / "r", "--output", tmp_path / "table.txt")
+    assert code == 2
+    assert "--output takes no table" in err
