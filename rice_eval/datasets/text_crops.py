@@ -205,7 +205,8 @@ class TextCrops(Dataset):
     @cached_property
     def outside(self) -> int:
         """Lines of an image file that lie wholly outside it or have no area: they make a crop, of its border's pixels."""
-        if not isinstance(_whole_of(self.base), FileDataset):
+        inner = _whole_of(self.base)
+        if not isinstance(inner, FileDataset) or isinstance(inner, LabelFile):  # a label file's crop is its own line
             return 0
         sizes: dict[int, tuple[int, int]] = {}
         count = 0
