@@ -185,22 +185,21 @@ def judge_model(
         raise UsageError(f"--dtype {dtype} is not known", f"choose {', '.join(DTYPES)}")
     cards = catalogue(include)
     chosen = [cards.task(name) for name in tasks]
-    benchmarks = [card for card in chosen if card.lmms is not None]
     for card in chosen:
         if card.kind != "mllm":
             raise UsageError(f"task '{card.name}' is of kind {card.kind}", "choose one of kind mllm")
         if card.lmms is not None:
             if card.lmms.task is None:
                 raise PlanError(f"lmms-eval has no task for '{card.name}'", card.note or "choose another task")
+            if judge == "rice-eval":
+                raise PlanError(f"task '{card.name}' is a benchmark of lmms-eval", "leave --judge rice-eval out")
             check_online(card.name, card.lmms.network)
     if not Path(model).expanduser().exists() and model.count("/") != 1:
         raise UsageError(
             f"--model {model}: no such folder", "give a trained probe's .files folder or a LLaVA checkpoint"
         )
     python = _judge_python(judge, lmms_python)
-    if python is None and benchmarks:
-        if judge == "rice-eval":
-            raise PlanError(f"task '{benchmarks[0].name}' is a benchmark of lmms-eval", "leave --judge rice-eval out")
+    if python is None and any(card.lmms is not None for card in chosen):
         python = python_for(None)
     if python is None and processes > 1:
         raise UsageError(f"--processes {processes} are lmms-eval's", "install it, or name its python by --lmms-python")
