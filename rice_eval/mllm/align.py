@@ -22,6 +22,7 @@ from rice_eval.datasets.scenes_vqa import REGION
 from rice_eval.errors import DataError
 from rice_eval.mllm.lm import LanguageModel
 from rice_eval.mllm.probe import PooledProjector, generator
+from rice_eval.probes.linear import warmup_cosine
 from rice_eval.views import Frame
 
 __all__ = ["Region", "Words", "align", "coverage", "regions_of", "words_of"]
@@ -156,7 +157,7 @@ def align(
         losses = []
         for picked in _batches(len(tokens), seed, epoch):
             for group in optimizer.param_groups:
-                group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / total))
+                group["lr"] = lr * warmup_cosine(step, total, 0)
             out = projector(torch.stack([tokens[k] for k in picked]).to(device).float(), grid)
             near = nn.functional.normalize(out - middle, dim=-1) @ known.T
             truth = torch.stack([wanted[k] for k in picked]).to(device)

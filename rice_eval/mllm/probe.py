@@ -209,14 +209,13 @@ def fit(
     curve: list[tuple[float, float]] = []
     pending: list[float] = []
     saved = state.load()
-    if saved is not None:
-        projector.train()
+    if saved is None:
+        begin()
+    else:
         projector.load_state_dict(saved["projector"])
         optimizer.load_state_dict(saved["optimizer"])
         first, curve, pending = saved["step"], [tuple(point) for point in saved["curve"]], saved["pending"]
-    else:
-        begin()
-        projector.train()
+    projector.train()
     advance(first)
     for step in range(first, steps):
         picked = schedule.batch_at(step, len(tokens))

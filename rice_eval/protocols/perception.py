@@ -55,6 +55,7 @@ class PerceptionProbe(Protocol):
     """
 
     id: ClassVar[str] = "perception-probe"
+    version: ClassVar[int] = 2  # the prompt's template, and the alignment before the language model
     kind: ClassVar[str] = "mllm"
     needs: ClassVar[frozenset[Annotation]] = frozenset({"questions"})
     metric: ClassVar[str] = "accuracy"
