@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rice_eval.datasets.base import Dataset
-from rice_eval.datasets.scenes_vqa import REGION
+from rice_eval.datasets.base import Question
 from rice_eval.errors import DataError
 from rice_eval.mllm.lm import LanguageModel
 from rice_eval.mllm.probe import PooledProjector, generator
@@ -52,12 +51,12 @@ class Words:
     embeddings: Tensor
 
 
-def regions_of(dataset: Dataset, index: int, frame: Frame) -> list[Region]:
-    """The described regions of a training image, as a view's frame shows them; those outside it are left out."""
+def regions_of(described: Sequence[Question], frame: Frame) -> list[Region]:
+    """Described boxes of a training image, as a view's frame shows them; those outside it are left out."""
     out = []
     height, width = frame.size
-    for question in dataset.questions(index):
-        if question.kind != REGION or question.box is None:
+    for question in described:
+        if question.box is None:
             continue
         ((x0, y0, x1, y1),) = frame.boxes(np.array([question.box]), clip=True)
         if x1 > x0 and y1 > y0:

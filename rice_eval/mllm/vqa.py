@@ -53,10 +53,11 @@ def prompt_of(question: str) -> str:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """What is said about one training image: questions with answers, and captions."""
+    """What is said about one training image: questions with answers, captions, and a few words about boxes."""
 
     questions: tuple[Question, ...]
     captions: tuple[Question, ...] = ()
+    regions: tuple[Question, ...] = ()
 
     def turns(self, order: Sequence[int] | None = None) -> tuple[Turn, ...]:
         """User and assistant in turn; captions come last, so that no answer can be read off them."""
@@ -81,6 +82,7 @@ def dialogues(dataset: Dataset, captions: bool = True) -> list[Dialogue]:
         told = Dialogue(
             tuple(q for q in said if q.kind not in (CAPTION, REGION)),
             tuple(q for q in said if captions and q.kind == CAPTION),
+            tuple(q for q in said if q.kind == REGION),
         )
         if not told.turns():
             raise DataError(

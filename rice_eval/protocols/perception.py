@@ -114,12 +114,11 @@ class PerceptionProbe(Protocol):
         trained_with = load_lm(self.lm, dtype=_TYPES[self.train_dtype], device=device)
         seconds = {"language model": time.perf_counter() - start}
         start = time.perf_counter()
-        regions: list[list[Region]] = []
-        train = self._pooled(
-            context, "train", layers, lambda i, frame: regions.append(regions_of(context.train, i, frame))
-        )
-        said = dialogues(context.train, self.captions)
-        said = [said[i] for i in train]
+        frames: dict[int, Frame] = {}
+        train = self._pooled(context, "train", layers, frames.__setitem__)
+        told = dialogues(context.train, self.captions)
+        said = [told[i] for i in train]
+        regions = [regions_of(told[i].regions, frames[i]) for i in train]
         width = sum(context.facts.widths[layer - 1] for layer in layers)
         projector = PooledProjector(width, trained_with.width, self.side, self.hidden, self.seed).to(context.device)
         tokens = list(train.values())

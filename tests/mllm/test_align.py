@@ -45,12 +45,12 @@ class _One(Dataset):
 
 
 def test_regions_follow_the_view():
-    whole, _ = regions_of(_One(), 0, View.parse("square=56").frames(100, 200)[0])
+    whole, _ = regions_of(_One().questions(0)[:2], View.parse("square=56").frames(100, 200)[0])
     assert whole.box == pytest.approx((0, 0, 0.25, 1), abs=1e-6)
     assert whole.words == ("red", "sea", "bird")
     # The last of two windows shows the right half of the image: one region is outside, the other at its right edge.
     *_, last = View.parse("native,crop=98,slide=98").frames(100, 200)
-    (shown,) = regions_of(_One(), 0, last)
+    (shown,) = regions_of(_One().questions(0)[:2], last)
     assert shown.words == ("blue", "car")
 
 
@@ -102,8 +102,8 @@ def test_embeddings_come_near_the_words_of_what_they_lie_on():
 def test_scenes_describe_their_boxes_in_train_alone():
     train, val = ScenesVqa("train", 2), ScenesVqa("val", 2)
     frame = View.parse("square=224").frames(*train.size(0))[0]
-    regions = regions_of(train, 0, frame)
+    regions = regions_of(dialogues(train)[0].regions, frame)
     assert len(regions) == len(train.scene(0).objects)
-    assert regions_of(val, 0, frame) == []
+    assert not any(q.kind == "region" for q in val.questions(0))
     told = {q.kind for d in dialogues(train) for q in (*d.questions, *d.captions)}
     assert "region" not in told | {q.kind for q in asked(val)}
