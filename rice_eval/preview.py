@@ -52,19 +52,17 @@ def preview(
         for job in jobs:
             check_loaded(job, loaded.encoder, plan)
         open_sources(loaded, jobs, plan, Bank(root), options, silent)
-        rates: dict[tuple[int, int], tuple[float, int | None]] = {}
+        speeds: dict[tuple[int, int], tuple[float, float | None]] = {}  # frames and operations a second
         for source in loaded.sources.values():
-            rate, flops = None, None
+            rate, operations = None, None
             if estimate:
                 frame = source.frame_size
-                if frame not in rates:
+                if frame not in speeds:
                     flops = loaded.encoder.flops(*frame)  # before the encoder moves to its device
-                    measured = measure_rate(
-                        loaded.encoder, frame, batch_size=batch_size, device=device, autocast=autocast
-                    )
-                    rates[frame] = measured, flops
-                measured, flops = rates[frame]
-                rate = measured / source.frames_per_image
+                    speed = measure_rate(loaded.encoder, frame, batch_size=batch_size, device=device, autocast=autocast)
+                    speeds[frame] = speed, flop_rate(speed, flops) if flops else None
+                speed, operations = speeds[frame]
+                rate = speed / source.frames_per_image
             cost = estimate_pass(source, rate)
             row = {
                 "encoder": cost.encoder,
@@ -80,7 +78,7 @@ def preview(
             }
             if estimate:
                 row["seconds"] = round(cost.seconds, 1) if cost.seconds is not None else None
-                row["TFLOP/s"] = float(f"{flop_rate(measured, flops) / 1e12:.3g}") if flops else None
+                row["TFLOP/s"] = float(f"{operations / 1e12:.3g}") if operations else None
             rows.append(row)
     return rows
 
