@@ -119,6 +119,9 @@ class TaskCard(_Strict):
     view: str = Field(description="named view, e.g. square=224")
     protocol: str = Field(description="the protocol that runs when none is asked for")
     metric: str = Field(description="headline metric")
+    settings: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="protocol -> fields of it that differ here; --set goes over them"
+    )
     license: str | None = None
     paper: str | None = None
     note: str | None = None

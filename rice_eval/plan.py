@@ -177,6 +177,8 @@ def _there(weights: Path) -> bool:
 
 def _protocol(card: TaskCard, protocol_id: str, view: str | None, settings: Mapping[str, Any]) -> Protocol:
     kind = cast("type[Protocol]", protocols.get(protocol_id))
+    for name in card.settings:
+        protocols.get(name)  # a misspelt one would change nothing, in silence
     if kind.kind != card.kind:
         raise PlanError(
             f"protocol '{protocol_id}' scores {kind.kind}, and task '{card.name}' is {card.kind}",
@@ -185,7 +187,7 @@ def _protocol(card: TaskCard, protocol_id: str, view: str | None, settings: Mapp
     own_view = any(f.name == "view" and f.default is not dataclasses.MISSING for f in dataclasses.fields(kind))
     # A published recipe has a view of its own, which only --view replaces; the card's is for protocols that have none.
     chosen = {"view": view} if view else {} if own_view else {"view": card.view}
-    protocol = configure(kind, {**chosen, **settings})
+    protocol = configure(kind, {**chosen, **card.settings.get(protocol_id, {}), **settings})
     for views in protocol.views().values():
         for text in views:
             View.parse(text)

@@ -169,6 +169,7 @@ class HeadGroup(ManyHeads):
     Args:
         moments, rates, decays, betas, norm_eps, device: see ``ManyHeads``.
         classes: C.
+        cells: K, parts of a token (a K-th of its area each) that have logits of their own; a head's outputs are K times C.
     """
 
     def __init__(
@@ -180,13 +181,15 @@ class HeadGroup(ManyHeads):
         betas: tuple[float, float],
         norm_eps: float,
         device: torch.device,
+        cells: int = 1,
     ) -> None:
-        super().__init__(moments, classes, rates, decays, betas, norm_eps, device)
-        self.classes = classes
+        super().__init__(moments, cells * classes, rates, decays, betas, norm_eps, device)
+        self.classes, self.cells = classes, cells
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """``(T, D)`` tokens -> ``(T, H, C)`` logits."""
-        return self.outputs(self.standardised(tokens)).view(-1, self.heads, self.classes)
+        """``(T, D)`` tokens -> ``(T * K, H, C)`` logits, the cells of a token side by side."""
+        flat = self.outputs(self.standardised(tokens)).view(-1, self.heads, self.cells, self.classes)
+        return flat.transpose(1, 2).reshape(-1, self.heads, self.classes)
 
     def step(self, tokens: Tensor, counts: Tensor, factor: float) -> Tensor:
         """One step of every head.
@@ -195,15 +198,15 @@ class HeadGroup(ManyHeads):
 
         Args:
             tokens: ``(T, D)``.
-            counts: ``(T, C)`` label histograms.
+            counts: ``(T * K, C)`` label histograms.
             factor: of the learning rates.
 
         Returns:
             ``(H,)`` losses before the step. A batch with no labelled pixel changes nothing and has a loss of 0.
         """
-        counts = counts.to(self.device)
-        weight = counts.sum(dim=1)
-        keep = weight > 0
+        counts = counts.to(self.device).view(-1, self.cells, self.classes)
+        weight = counts.sum(dim=2)
+        keep = weight.sum(dim=1) > 0
         if not bool(keep.all()):
             tokens, counts, weight = tokens[keep.to(tokens.device)], counts[keep], weight[keep]
         total = weight.sum()
@@ -211,8 +214,8 @@ class HeadGroup(ManyHeads):
             return torch.zeros(self.heads, device=self.device)
         x = self.standardised(tokens)
         flat = self.outputs(x)
-        log_p = torch.log_softmax(flat.view(-1, self.heads, self.classes), dim=-1)
-        loss = -torch.einsum("thc,tc->h", log_p, counts) / total
-        residual = log_p.exp_().mul_((weight / total)[:, None, None]).sub_((counts / total)[:, None, :])
+        log_p = torch.log_softmax(flat.view(-1, self.heads, self.cells, self.classes), dim=-1)
+        loss = -torch.einsum("thkc,tkc->h", log_p, counts) / total
+        residual = log_p.exp_().mul_((weight / total)[:, None, :, None]).sub_((counts / total)[:, None])
         self.update(x, residual.view(flat.shape), factor)
         return loss

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["SparseTargets", "TargetStore", "concatenate", "token_areas", "token_histograms", "token_loss"]
+__all__ = ["SparseTargets", "TargetStore", "cell_histograms", "concatenate", "token_areas", "token_histograms", "token_loss"]
 
 Labels = NDArray[np.int64]
 
@@ -70,6 +70,26 @@ def token_histograms(labels: Labels, grid: tuple[int, int], ignore: int) -> Spar
     counts = np.bincount(token[keep] * span + kept, minlength=0)
     entries = np.flatnonzero(counts)
     return SparseTargets(entries // span, entries % span, counts[entries].astype(np.int64), gh * gw)
+
+
+def cell_histograms(labels: Labels, grid: tuple[int, int], side: int, ignore: int) -> SparseTargets:
+    """``token_histograms`` of parts of tokens.
+
+    Args:
+        labels, grid, ignore: see ``token_histograms``.
+        side: a token is cut into ``side * side`` cells.
+
+    Returns:
+        Histograms of ``gh * gw * side * side`` cells: tokens in raster order, and within each its cells in raster order.
+    """
+    fine = token_histograms(labels, (grid[0] * side, grid[1] * side), ignore)
+    if side == 1:
+        return fine
+    row, column = np.divmod(fine.tokens, grid[1] * side)
+    token = row // side * grid[1] + column // side
+    cell = token * side * side + row % side * side + column % side
+    order = np.argsort(cell, kind="stable")
+    return SparseTargets(cell[order], fine.classes[order], fine.counts[order], fine.size)
 
 
 def token_loss(logits: Tensor, counts: Tensor) -> Tensor:

@@ -102,6 +102,10 @@ class Linear(FewLabels):
         """The layers of ``layer_set``."""
         return layers_of(self.layer_set, facts)
 
+    def cells_a_side(self, stride: float) -> int:
+        """n where a token of this stride is cut into n * n cells with logits of their own; 1 here."""
+        return 1
+
     def fit(self, context: Context, classes: int, train_pass: type[LinearTrainPass] | None = None) -> Fitted:
         """Train the sweep, choose on the held-out part, train the choice on all of train.
 
@@ -119,18 +123,20 @@ class Linear(FewLabels):
         fit = tuple(indices)
         if len(grid) > 1:
             fit, held = held_out(indices, self.holdout, self.seed)
-        train = (train_pass or LinearTrainPass)(layers, context.facts, held, context.progress("labels", len(indices)))
+        sides = {layer: self.cells_a_side(context.facts.strides[layer - 1]) for layer in layers}
+        advance = context.progress("labels", len(indices))
+        train = (train_pass or LinearTrainPass)(layers, context.facts, held, advance, sides)
         source.consume(train)
         if not train.labelled:
             raise DataError(f"dataset '{context.train.name}': no training image has a labelled pixel")
         start = time.perf_counter()
         reader = source.reader()
-        fitter = _Fitter(self, train.stores, reader, classes, context.device)
+        fitter = _Fitter(self, train.stores, reader, classes, context.device, sides)
         heads: tuple[Head, ...] = ()
         best = 0
         if len(grid) > 1:
             moments = train.fit_moments
-            groups = {layer: fitter.group(moments[layer], self._pairs()) for layer in layers}
+            groups = {layer: fitter.group(layer, moments[layer], self._pairs()) for layer in layers}
             fitter.train(groups, fit, context.progress("sweep", self.steps))
             found = fitter.score(groups, held)
             marks = [float(m) for layer in layers for m in found[layer]]
@@ -138,7 +144,7 @@ class Linear(FewLabels):
             best = int(np.argmax(np.nan_to_num(np.array(marks), nan=-1.0)))
         layer, lr, wd = grid[best]
         moment = train.fit_moments[layer] + train.held_moments[layer] if held else train.fit_moments[layer]
-        group = fitter.group(moment, ((lr, wd),))
+        group = fitter.group(layer, moment, ((lr, wd),))
         fitter.train({layer: group}, indices, context.progress("refit", self.steps))
         return Fitted(
             head=group.export(0),
@@ -179,9 +185,14 @@ class LinearTrainPass(TrainPass):
     """Feature moments of both parts of the split."""
 
     def __init__(
-        self, layers: Sequence[int], facts: EncoderFacts, held: Sequence[int], advance: Callable[[int], None]
+        self,
+        layers: Sequence[int],
+        facts: EncoderFacts,
+        held: Sequence[int],
+        advance: Callable[[int], None],
+        sides: Mapping[int, int] | None = None,
     ) -> None:
-        super().__init__(layers, facts, advance)
+        super().__init__(layers, facts, advance, sides)
         self.fit_moments = {layer: Moments(facts.widths[layer - 1]) for layer in layers}
         self.held_moments = {layer: Moments(facts.widths[layer - 1]) for layer in layers}
         self._held = frozenset(held)
@@ -200,12 +211,14 @@ class _Fitter:
     reader: TokenReader
     classes: int
     device: torch.device
+    sides: Mapping[int, int]
 
-    def group(self, moments: Moments, pairs: Sequence[tuple[float, float]]) -> HeadGroup:
-        """A group of heads, one a pair of rate and decay."""
+    def group(self, layer: int, moments: Moments, pairs: Sequence[tuple[float, float]]) -> HeadGroup:
+        """A group of heads of a layer, one a pair of rate and decay."""
         one, two = self.protocol.betas
         rates, decays = tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
-        return HeadGroup(moments, self.classes, rates, decays, (one, two), self.protocol.norm_eps, self.device)
+        cells = self.sides[layer] ** 2
+        return HeadGroup(moments, self.classes, rates, decays, (one, two), self.protocol.norm_eps, self.device, cells)
 
     def _order(self, indices: Sequence[int]) -> Iterator[int]:
         epoch = 0
@@ -231,7 +244,7 @@ class _Fitter:
     def _batch(
         self, images: Sequence[int], layers: Sequence[int], rng: np.random.Generator
     ) -> dict[int, tuple[Tensor, Tensor]]:
-        """layer -> ``(T, D)`` tokens and ``(T, C)`` histograms; layers that share targets get the same tokens."""
+        """layer -> ``(T, D)`` tokens, ``(T * K, C)`` histograms of their cells; layers that share targets get the same tokens."""
         parts: dict[int, tuple[list[Tensor], list[Tensor]]] = {layer: ([], []) for layer in layers}
         for index in images:
             tokens, targets = self._image(index, layers)
@@ -239,17 +252,17 @@ class _Fitter:
             for layer in layers:
                 store = id(self.stores[layer])
                 if store not in drawn:
-                    dense = targets[store]
+                    dense = targets[store].view(len(tokens[layer]), -1, self.classes)
                     count = min(self.protocol.tokens_per_image, len(dense))
                     pick = torch.from_numpy(np.sort(rng.choice(len(dense), count, replace=False)))
-                    drawn[store] = pick, dense[pick]
+                    drawn[store] = pick, dense[pick].flatten(0, 1)
                 pick, counts = drawn[store]
                 parts[layer][0].append(tokens[layer][pick])
                 parts[layer][1].append(counts)
         return {layer: (torch.cat(tokens), torch.cat(counts)) for layer, (tokens, counts) in parts.items()}
 
     def _image(self, index: int, layers: Sequence[int]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """layer -> ``(N, D)`` tokens, and store -> ``(N, C)`` histograms, of one image."""
+        """layer -> ``(N, D)`` tokens, and store -> ``(N * K, C)`` histograms, of one image."""
         image = self.reader[index]
         tokens = {layer: joined(image.patches[layer]) for layer in layers}
         stores = {id(self.stores[layer]): self.stores[layer] for layer in layers}

@@ -99,7 +99,7 @@ class _ThinPass(_MaskPass):
 
 
 def boxes_of(
-    probability: NDArray[np.float32], threshold: float, min_area: float, grow: float
+    probability: NDArray[np.float32], threshold: float, min_area: float, grow: float, join: float = 0.0
 ) -> tuple[list[Polygon], list[float]]:
     """Text regions from a map: connected parts (8 neighbours) above a threshold, each in its smallest rectangle.
 
@@ -108,16 +108,18 @@ def boxes_of(
         threshold: a pixel is text above it.
         min_area: pixels a part has at least.
         grow: share of a rectangle's short side that is added on every side (undoes labels that were thinned).
+        join: parts of one row of an upright page are one region when the gap between them is at most so many heights of the
+            lower one, as it will have grown; see ``_rows``.
 
     Returns:
-        ``(4, 2)`` polygons in pixels and scores (mean probability of the part), the largest score first.
+        ``(4, 2)`` polygons in pixels and scores (mean probability of the region), the largest score first.
     """
     try:
         from scipy import ndimage
     except ImportError as error:
         raise MissingExtraError.of("scipy", "ocr", "finding connected text") from error
     labels, count = ndimage.label(probability > threshold, structure=np.ones((3, 3), dtype=np.int64))
-    found: list[tuple[float, Polygon]] = []
+    parts: list[_Part] = []
     for number, window in enumerate(ndimage.find_objects(labels, count), start=1):
         if window is None:
             continue
@@ -129,12 +131,57 @@ def boxes_of(
         # The corners of the part's outermost pixels: enough for its smallest rectangle.
         edge = (rows == 0) | (rows == inside.shape[0] - 1) | ~_inner(inside)[rows, columns_]
         points = np.concatenate([np.stack([x[edge] + dx, y[edge] + dy], 1) for dx in (0, 1) for dy in (0, 1)])
-        rectangle = smallest_rectangle(points.astype(np.float64))
+        box = (window[1].start, window[0].start, window[1].stop, window[0].stop)
+        parts.append(_Part(box, points.astype(np.float64), float(probability[window][inside].sum()), len(rows)))
+    found: list[tuple[float, Polygon]] = []
+    for row in _rows([part.box for part in parts], join, grow) if join else [[k] for k in range(len(parts))]:
+        rectangle = smallest_rectangle(np.concatenate([parts[k].points for k in row]))
         if rectangle is not None:
-            score = float(probability[window][inside].mean())
+            score = sum(parts[k].total for k in row) / sum(parts[k].pixels for k in row)
             found.append((score, _grown(rectangle, grow) if grow else rectangle))
     found.sort(key=lambda item: -item[0])
     return [polygon for _, polygon in found], [score for score, _ in found]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A connected part: ``(x0, y0, x1, y1)``, ``(k, 2)`` corners of its outermost pixels, its probabilities' sum, its pixels."""
+
+    box: tuple[int, int, int, int]
+    points: Polygon
+    total: float
+    pixels: int
+
+
+def _rows(boxes: Sequence[tuple[int, int, int, int]], join: float, grow: float) -> list[list[int]]:
+    """Parts that belong together, as lists of their numbers.
+
+    Two parts do when they share more than half of the lower one's height, the higher one is less than twice as high, and what
+    lies between them is at most ``join`` heights of the lower one wide, where a height is what it is after growing.
+    """
+    leader = list(range(len(boxes)))
+
+    def lead(k: int) -> int:
+        while leader[k] != k:
+            leader[k] = k = leader[leader[k]]
+        return k
+
+    order = sorted(range(len(boxes)), key=lambda k: boxes[k][0])
+    for place, i in enumerate(order):
+        _, top, right, bottom = boxes[i]
+        high = bottom - top
+        for j in order[place + 1 :]:
+            left, other_top, _, other_bottom = boxes[j]
+            other = other_bottom - other_top
+            low = min(high, other)
+            shared = min(bottom, other_bottom) - max(top, other_top)
+            gap = left - right - grow * (high + other)
+            if shared > 0.5 * low and max(high, other) < 2 * low and gap <= join * low * (1 + 2 * grow):
+                leader[lead(j)] = lead(i)
+    rows: dict[int, list[int]] = {}
+    for k in range(len(boxes)):
+        rows.setdefault(lead(k), []).append(k)
+    return list(rows.values())
 
 
 def _inner(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -161,12 +208,18 @@ class TextMask(Linear):
     pixel IoU of text is that of the map against the polygons.
 
     Attributes:
-        thin: train on the middle half of each line and widen the boxes by as much again: lines close to one another stay
-            apart where tokens are fine enough. The pixel IoU is then that of the middle halves.
+        thin: train on the middle half of each line, so that lines close to one another stay apart where the map is fine
+            enough; ``grow`` widens boxes again. The pixel IoU is then that of the middle halves.
         threshold: a pixel is text above this probability.
-        min_tokens: smallest part, in tokens (of averaged ones, where they are averaged).
-        smooth: pixels of what the encoder saw: where tokens are finer (early stages of a CNN), their logits are averaged over
-            as much, so that a line is one part and not its strokes.
+        cell: pixels of what the encoder saw that one value of the map covers: a token of stride s is cut into
+            round(s / cell) ** 2 cells, each with logits of its own from the whole token, so that lines closer than tokens
+            can stay apart; 0 gives a token one value.
+        min_tokens: smallest part, in values of the map (of averaged ones, where they are averaged).
+        grow: share of a box's short side that is added on every side; 0.5 brings a line of half its height back to the whole.
+        join: on upright pages, parts of one row with at most so many heights of the lower one between them are one line; 0
+            keeps every part a region of its own.
+        smooth: pixels of what the encoder saw: where values are finer (early stages of a CNN, or cells), their logits are
+            averaged over as much, so that a line is one part and not its strokes.
     """
 
     id: ClassVar[str] = "text-mask"
@@ -177,15 +230,25 @@ class TextMask(Linear):
     layer_set: LayerSet = "quarters"
     thin: bool = False
     threshold: float = 0.5
+    cell: float = 0.0
     min_tokens: float = 0.5
+    grow: float = 0.0
+    join: float = 0.0
     smooth: float = 14.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_seed(self.seed)
         check_optimiser(self.lrs, self.wds, self.betas)
-        if not 0 < self.threshold < 1 or not all(0 <= v < math.inf for v in (self.min_tokens, self.smooth)):
-            raise ValueError("threshold is in (0, 1), min_tokens and smooth 0 or more")
+        lengths = (self.cell, self.min_tokens, self.grow, self.join, self.smooth)
+        if not 0 < self.threshold < 1 or not all(0 <= v < math.inf for v in lengths):
+            raise ValueError("threshold is in (0, 1), cell, min_tokens, grow, join and smooth 0 or more")
+        if 0 < self.cell < 1:
+            raise ValueError("cell is a pixel at least, or 0 for one value a token")
+
+    def cells_a_side(self, stride: float) -> int:
+        """See ``cell``."""
+        return max(1, round(stride / self.cell)) if self.cell else 1
 
     @property
     def train_pass(self) -> type[LinearTrainPass]:
@@ -198,10 +261,8 @@ class TextMask(Linear):
         return 0.25 if self.thin else 0.0
 
     def boxes(self, probability: NDArray[np.float32], token_area: float) -> tuple[list[Polygon], list[float]]:
-        """Regions of a map; ``token_area`` is that of a token in pixels of the image."""
-        # Thinned to half its height, a line's box regains a quarter of that height, half of its own, on each side.
-        grow = 0.5 if self.thin else 0.0
-        return boxes_of(probability, self.threshold, self.min_tokens * token_area, grow)
+        """Regions of a map; ``token_area`` is what one of its values covers, in pixels of the image."""
+        return boxes_of(probability, self.threshold, self.min_tokens * token_area, self.grow, self.join)
 
     def run(self, context: Context) -> Outcome:
         """See ``Protocol.run``."""
@@ -229,19 +290,20 @@ def probability_map(
     """The probability of text of every pixel of the image, and the area in its pixels that one independent value covers.
 
     Args:
-        head: ``(N, D)`` tokens -> ``(N, 2)`` logits.
+        head: ``(N, D)`` tokens -> ``(N, n * n * 2)`` logits, of n * n cells in raster order.
         tokens: of the image.
         layer: the layer that the head reads.
-        smooth: pixels of the frame; logits of finer tokens are averaged over as much.
+        smooth: pixels of the frame; logits of finer values are averaged over as much.
     """
     logits = []
     frame = tokens.frames[0]
     grid = tokens.grids[layer][0]
-    stride = max(frame.size[0] / grid[0], 1.0)
+    side = math.isqrt(head.bias.shape[0] // 2)
+    stride = max(frame.size[0] / (grid[0] * side), 1.0)
     reach = max(1, round(smooth / stride)) // 2  # an odd window keeps its middle
     for patches, (h, w) in zip(tokens.patches[layer], tokens.grids[layer]):
-        both: Tensor = head(patches)
-        one = (both[:, 1] - both[:, 0]).reshape(1, 1, h, w)
+        both: Tensor = head(patches).reshape(h, w, side, side, 2)
+        one = (both[..., 1] - both[..., 0]).transpose(1, 2).reshape(1, 1, h * side, w * side)
         if reach:
             one = F.avg_pool2d(one, 2 * reach + 1, stride=1, padding=reach, count_include_pad=False)
         logits.append(one[0])

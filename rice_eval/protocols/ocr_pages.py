@@ -120,7 +120,7 @@ class ReadPage(Protocol):
         crop_view: view of the crops.
         height, scale, margin, charset, pool, frame, beam: see ``ctc-linear``.
         layer_set: of both heads.
-        thin, threshold, min_tokens: see ``text-mask``.
+        thin, threshold, cell, min_tokens, grow, join, smooth: see ``text-mask``.
         mask_lrs, mask_steps: the sweep and steps of the mask.
         lrs, steps, batch: those of the reader.
     """
@@ -142,7 +142,11 @@ class ReadPage(Protocol):
     layer_set: LayerSet = "quarters"
     thin: bool = True
     threshold: float = 0.5
+    cell: float = 0.0
     min_tokens: float = 0.5
+    grow: float = 0.5
+    join: float = 0.0
+    smooth: float = 14.0
     mask_lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     mask_steps: int = 300
     lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
@@ -157,8 +161,8 @@ class ReadPage(Protocol):
         """The text mask as a protocol of its own."""
         return TextMask(
             view=self.view, norm=self.norm, tokens=self.tokens, seed=self.seed, layer_set=self.layer_set,
-            lrs=self.mask_lrs, steps=self.mask_steps, thin=self.thin, threshold=self.threshold,
-            min_tokens=self.min_tokens,
+            lrs=self.mask_lrs, steps=self.mask_steps, thin=self.thin, threshold=self.threshold, cell=self.cell,
+            min_tokens=self.min_tokens, grow=self.grow, join=self.join, smooth=self.smooth,
         )  # fmt: skip
 
     def reader(self) -> CtcLinear:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +18,7 @@ from rice_eval.datasets.base import IGNORE, Dataset
 from rice_eval.errors import DataError, PlanError
 from rice_eval.metrics.iou import IoUStatistics, areas_of, confusion
 from rice_eval.probes.linear import LinearMap
-from rice_eval.probes.targets import SparseTargets, TargetStore, concatenate, token_histograms
+from rice_eval.probes.targets import SparseTargets, TargetStore, cell_histograms, concatenate
 from rice_eval.protocols.base import Panel
 from rice_eval.views import Frame
 
@@ -200,13 +200,21 @@ class TrainPass(FrameLabels):
         layers: layers read.
         facts: of the encoder.
         advance: called with 1 after each image.
+        sides: layer -> n where its tokens are cut into n * n cells with histograms of their own; 1 where it has no entry.
     """
 
-    def __init__(self, layers: Sequence[int], facts: EncoderFacts, advance: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        layers: Sequence[int],
+        facts: EncoderFacts,
+        advance: Callable[[int], None],
+        sides: Mapping[int, int] | None = None,
+    ) -> None:
         strides = {layer: facts.strides[layer - 1] for layer in layers}
-        # Layers of one stride share a grid, so they share targets.
+        # Layers of one stride share a grid and its cells, so they share targets.
         by_stride = {stride: TargetStore() for stride in set(strides.values())}
         self.stores = {layer: by_stride[strides[layer]] for layer in layers}
+        self._sides = {layer: (sides or {}).get(layer, 1) for layer in layers}
         self._advance = advance
         self.labelled = False
         self.seconds = 0.0
@@ -218,7 +226,8 @@ class TrainPass(FrameLabels):
         for layer, store in self.stores.items():
             if id(store) not in made:
                 frames = zip(tokens.target, tokens.grids[layer])
-                made[id(store)] = concatenate([token_histograms(mask, grid, IGNORE) for mask, grid in frames])
+                side = self._sides[layer]
+                made[id(store)] = concatenate([cell_histograms(mask, grid, side, IGNORE) for mask, grid in frames])
                 store.add(tokens.index, made[id(store)])
                 self.labelled = self.labelled or bool(len(made[id(store)].tokens))
             self.take(tokens.index, layer, joined(tokens.patches[layer]), made[id(store)])

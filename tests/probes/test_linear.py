@@ -58,6 +58,28 @@ def test_heads_equal_torch_adamw_one_by_one():
         torch.testing.assert_close(group.export(head)(x[0]), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_cells_train_as_one_linear_layer_of_all_of_them():
+    x, _ = data()
+    counts = torch.randint(0, 5, (len(x), 64 * 4, 3), generator=torch.Generator().manual_seed(2)).float()
+    counts[:, :40] = 0
+    counts[:, 43::9] = 0
+    moments = moments_of(x)
+    mean, scale = moments.standardisation(1e-6)
+    alone = nn.Linear(5, 12)
+    nn.init.zeros_(alone.weight)
+    nn.init.zeros_(alone.bias)
+    optimiser = torch.optim.AdamW(alone.parameters(), lr=1e-2, weight_decay=0.0)
+    group = HeadGroup(moments, 3, (1e-2,), (0.0,), (0.9, 0.999), 1e-6, CPU, cells=4)
+    for k in range(len(x)):
+        loss = token_loss(alone((x[k] - mean) * scale).reshape(-1, 3), counts[k])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        assert group.step(x[k], counts[k], 1.0)[0] == pytest.approx(loss.item(), rel=1e-5)
+    torch.testing.assert_close(group.export(0)(x[0]), alone((x[0] - mean) * scale), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(group.logits(x[0])[:, 0], group.export(0)(x[0]).reshape(-1, 3), atol=1e-4, rtol=1e-4)
+
+
 def test_a_batch_without_labels_changes_nothing():
     x, _ = data()
     group = HeadGroup(moments_of(x), 3, (1e-2,), (0.1,), (0.9, 0.999), 1e-6, CPU)

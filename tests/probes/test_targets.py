@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from rice_eval.metrics.iou import areas_of, confusion
-from rice_eval.probes.targets import TargetStore, concatenate, token_areas, token_histograms, token_loss
+from rice_eval.probes.targets import (
+    TargetStore,
+    cell_histograms,
+    concatenate,
+    token_areas,
+    token_histograms,
+    token_loss,
+)
 
 IGNORE = -1
 
@@ -53,6 +60,17 @@ def test_grids_that_do_not_divide_the_frame(seed, gh, gw, h, w):
     for c in range(4):
         np.add.at(expected[:, c], owner[labels == c], 1)
     np.testing.assert_array_equal(targets.dense(4).numpy(), expected)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
+def test_cells_stand_token_by_token(seed, gh, gw, side, pixels):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(-1, 3, (gh * side * pixels, gw * side * pixels))
+    targets = cell_histograms(labels, (gh, gw), side, IGNORE)
+    parts = labels.reshape(gh, side, pixels, gw, side, pixels).transpose(0, 3, 1, 4, 2, 5).reshape(-1, pixels * pixels)
+    expected = np.stack([(parts == c).sum(axis=1) for c in range(3)], axis=1)
+    np.testing.assert_array_equal(targets.dense(3).numpy(), expected)
+    assert (np.diff(targets.tokens) >= 0).all()
 
 
 def test_areas_equal_those_of_the_nearest_upsampled_map():

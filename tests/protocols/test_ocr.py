@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from segmentation_fakes import FakeSource, no_progress
+from torch.nn import functional as F
 
 from rice_eval.adapters.base import Encoder, EncoderFacts, Tokens
 from rice_eval.bank.source import ImageTokens
@@ -95,6 +96,39 @@ def context_of(protocol: Any, train: Dataset, test: Dataset, **options: Any) -> 
         facts=encoder.facts, encoder=lambda: encoder, train=train, test=test, tokens=tokens,
         device=torch.device("cpu"), progress=no_progress, **options,
     )  # fmt: skip
+
+
+class Stripes(Dataset):
+    """Dark lines of text 6 px high, 10 px apart, on a light page; where they begin varies."""
+
+    name, split, provides = "stripes", "train", frozenset({"text"})
+
+    def __init__(self, seed: int, count: int) -> None:
+        self.starts = np.random.default_rng(seed).integers(0, 8, count)
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self.starts.tolist())
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def image_id(self, index: int) -> str:
+        return str(index)
+
+    def size(self, index: int) -> tuple[int, int]:
+        return 64, 64
+
+    def image(self, index: int) -> Any:
+        image = np.full((64, 64, 3), 230, np.uint8)
+        for line in self.text(index):
+            (x0, y0), (x1, y1) = line.polygon[0].astype(int), line.polygon[2].astype(int)
+            image[y0:y1, x0:x1] = np.random.default_rng(y0).integers(0, 90, (y1 - y0, x1 - x0, 3))
+        return image
+
+    def text(self, index: int) -> tuple[TextLine, ...]:
+        tops = range(int(self.starts[index]), 58, 10)
+        return tuple(TextLine(np.array([(4, y), (60, y), (60, y + 6), (4, y + 6)], float), "a") for y in tops)
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +217,50 @@ def test_boxes_of_a_map():
     assert np.allclose(polygons[0], [(10, 5), (40, 5), (40, 11), (10, 11)])
     grown, _ = boxes_of(probability, 0.5, 4, 0.5)
     assert np.allclose(grown[0], [(7, 2), (43, 2), (43, 14), (7, 14)])
+
+
+def test_words_of_a_row_are_joined_into_a_line():
+    probability = np.zeros((60, 120), np.float32)
+    probability[5:11, 4:20] = 0.9  # three words of a line, 5 px apart, one of them a pixel lower
+    probability[6:12, 25:40] = 0.6
+    probability[5:11, 45:60] = 0.9
+    probability[5:11, 80:90] = 0.9  # the next column, 20 px on
+    probability[13:19, 4:60] = 0.9  # the next line, 1 px below
+    probability[30:50, 62:80] = 0.9  # a large word, and small print beside its foot
+    probability[44:50, 84:95] = 0.9
+    apart, _ = boxes_of(probability, 0.5, 4, 0.0)
+    assert len(apart) == 7
+    polygons, scores = boxes_of(probability, 0.5, 4, 0.0, join=1.0)
+    boxes = {(*p.min(axis=0).astype(int).tolist(), *p.max(axis=0).astype(int).tolist()) for p in polygons}
+    assert boxes == {(4, 5, 60, 12), (80, 5, 90, 11), (4, 13, 60, 19), (62, 30, 80, 50), (84, 44, 95, 50)}
+    assert min(scores) == pytest.approx((16 * 0.9 + 15 * 0.6 + 15 * 0.9) / 46)
+
+
+def test_cells_of_a_token_have_a_map_of_their_own():
+    """The map of a head with cells equals a transposed convolution of the tokens with its weights."""
+    rng = np.random.default_rng(0)
+    head = LinearMap(torch.randn(5, 3 * 3 * 2), torch.randn(18))
+    frame = View.parse("square=36").apply(rng.integers(0, 255, (36, 48, 3), dtype=np.uint8), (0, 0, 0))[0][1]
+    tokens = ImageTokens(0, (frame,), {1: (torch.randn(12, 5),)}, {1: ((3, 4),)}, None)
+    got, area = probability_map(head, tokens, 1, 0.0)
+    patches = tokens.patches[1][0].T.reshape(1, 5, 3, 4)
+    kernel = head.weight.reshape(5, 3, 3, 2).permute(0, 3, 1, 2)
+    both = F.conv_transpose2d(patches, kernel, stride=3) + head.bias.reshape(3, 3, 2).permute(2, 0, 1).repeat(1, 3, 4)
+    one = F.interpolate((both[:, 1:] - both[:, :1]), size=frame.size, mode="bilinear")
+    want = F.interpolate(one, size=frame.image_size, mode="bilinear").sigmoid()[0, 0]
+    assert np.allclose(got, want.numpy(), atol=1e-5)
+    assert area == pytest.approx((36 / 9) ** 2 / (frame.scale[0] * frame.scale[1]))
+
+
+def test_labels_finer_than_tokens_separate_close_lines():
+    """Lines 10 px apart on tokens of 8: one value a token sees one region, cells see every line."""
+    found = []
+    for cell in (0.0, 2.0):
+        settings = {"cell": cell, "smooth": 0, "min_tokens": 1, "lrs": (1e-2,), "wds": (0.0,), "thin": True, "grow": 0.5}
+        protocol = configure(TextMask, {"view": "square=64", **settings})
+        outcome = protocol.run(context_of(protocol, Stripes(0, 24), Stripes(1, 8), panels=0))
+        found.append(outcome.statistics.point()["hmean"])
+    assert found[0] < 50 < 90 < found[1]
 
 
 def test_reading_order_and_page_scores():
