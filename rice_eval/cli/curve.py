@@ -53,8 +53,7 @@ def curve(
     if format == "table":
         if output is not None:
             raise UsageError("--output takes no table", "add --format csv or --format json")
-        # One record a row, one comparability key a table: what was scored otherwise is never set beside it.
-        _print([(e.record.comparability_key, wanted(of.curves([e], group, metric))) for e in stored], references, group)
+        _print(points, group)
         return
     text = of.curves_csv(points) if format == "csv" else of.curves_json(points)
     if output is None:
@@ -64,29 +63,24 @@ def curve(
         write_atomic(output, text.encode())
 
 
-def _print(found: list[tuple[str, list[Point]]], references: list[Point], group: str) -> None:
+def _print(points: list[Point], group: str) -> None:
+    """One comparability key a table: what was scored otherwise is never set beside it. Reference systems stand in all of theirs."""
     from rice_eval.cli.tables import print_table
 
-    Board = tuple[str, str, str, str]
-    boards: dict[Board, list[list[Point]]] = {}
-    for key, points in found:
-        if points:
-            boards.setdefault((points[0].task, points[0].protocol, points[0].metric, key), []).append(points)
-    systems: dict[tuple[str, str, str, str], list[Point]] = {}
-    for point in references:
-        systems.setdefault((point.task, point.protocol, point.metric, point.encoder), []).append(point)
-    for (*place, _), members in sorted(systems.items()):
-        same = [name for name in boards if list(name[:3]) == place]
-        for name in same or [(place[0], place[1], place[2], "")]:
-            boards.setdefault(name, []).append(members)
+    boards: dict[tuple[str, str, str, str], dict[tuple[str, str], list[Point]]] = {}
+    for point in points:
+        place = (point.task, point.protocol, point.metric)
+        same = [name for name in boards if name[:3] == place] if point.reference else []
+        for board in same or [(*place, point.key)]:
+            boards.setdefault(board, {}).setdefault((point.encoder, point.record), []).append(point)
     titles = [name[:3] for name in boards]
     for (task, protocol, metric, key), rows in sorted(boards.items()):
-        names = {p.group: None for p in sorted((p for row in rows for p in row), key=lambda p: p.start)}
+        names = {p.group: None for p in sorted((p for row in rows.values() for p in row), key=lambda p: p.start)}
         table = []
-        for points in rows:
-            title = f"{points[0].encoder} (reference)" if points[0].reference else points[0].encoder
-            row = {"encoder": title, **dict.fromkeys(names, "")}
-            for p in points:
+        for row_points in rows.values():
+            first = row_points[0]
+            row = {"encoder": f"{first.encoder} (reference)" if first.reference else first.encoder, **dict.fromkeys(names, "")}
+            for p in row_points:
                 interval = f" [{p.low:.0f}, {p.high:.0f}]" if p.low is not None and p.high is not None else ""
                 row[p.group] = f"{p.value:.1f}{interval}"
             table.append(row)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from rice_eval.datasets import load_dataset
 from rice_eval.datasets.base import IGNORE, Dataset
+from rice_eval.datasets.recognition import LmdbCrops
 from rice_eval.errors import DataError, UsageError
 from rice_eval.registry import datasets
 
@@ -56,6 +57,9 @@ SAMPLE = 64
 """Images of a split that are decoded where not all of them are."""
 BORDER = 1.0
 """Pixels a box may reach over the border without a note: annotators round."""
+
+LEAST_AREA = 0.5
+"""Pixels below which a polygon is none."""
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(split, done, total)``."""
@@ -151,6 +155,10 @@ def check_split(dataset: Dataset, full: bool = False, progress: Progress | None 
             boxes += result[2]
             if progress is not None:
                 progress(dataset.split, done, total)
+    if isinstance(dataset, LmdbCrops):
+        for folder in dataset.beyond:
+            what = f"{folder}: holds entries after its num-samples"
+            findings.append(Finding(dataset.split, "", what, "they are never read; correct num-samples", "note"))
     for what, names, seen in (("pixel", dataset.classes, counts), ("box", dataset.things, boxes)):
         absent = [name for name, count in zip(names, seen) if count == 0]
         if absent and ("semantic" if what == "pixel" else "instances") in dataset.provides:
@@ -196,9 +204,12 @@ def _check_one(dataset: Dataset, index: int, decode: bool) -> tuple[list[Finding
                 note(f"the box of annotation {annotation} {words}", "remove or mend it if that is not meant")
 
     def text() -> None:
-        for line in dataset.text(index):
-            if not line.text:
+        for number, line in enumerate(dataset.text(index), 1):
+            if not line.text.strip():
                 note("a text line has no transcript", "it counts as don't-care")
+            (x, y), (after_x, after_y) = line.polygon.T, np.roll(line.polygon, -1, axis=0).T
+            if abs(float((x * after_y - after_x * y).sum())) < 2 * LEAST_AREA:
+                note(f"the polygon of text line {number} has no area", "it can't be found; remove or mend it")
 
     def image() -> None:
         shape = dataset.image(index).shape[:2]

@@ -45,10 +45,10 @@ __all__ = ["LabelFile", "LmdbCrops", "label_file", "lmdb_crops"]
 
 
 def whole(text: str, size: tuple[int, int]) -> tuple[TextLine, ...]:
-    """The one line of a crop, its polygon the crop's own border; an empty transcript is don't-care."""
+    """The one line of a crop, its polygon the crop's own border; a transcript that is empty or blank is don't-care."""
     height, width = size
     corners = np.array([(0, 0), (width, 0), (width, height), (0, height)], dtype=np.float64)
-    return (TextLine(corners, text, not text),)
+    return (TextLine(corners, text, not text.strip()),)
 
 
 _environments: dict[tuple[int, str], Any] = {}
@@ -211,7 +211,7 @@ class LmdbCrops(Dataset):
                 if kind == "image" and not decode:
                     continue
                 try:
-                    if kind == "label" and read(index) == "":
+                    if kind == "label" and not str(read(index)).strip():
                         found["empty"].append(self.image_id(index))
                     elif kind == "image":
                         read(index)

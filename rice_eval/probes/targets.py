@@ -14,7 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["SparseTargets", "TargetStore", "cell_histograms", "concatenate", "token_areas", "token_histograms", "token_loss"]
+__all__ = [
+    "SparseTargets",
+    "TargetStore",
+    "cell_histograms",
+    "concatenate",
+    "token_areas",
+    "token_histograms",
+    "token_loss",
+]
 
 Labels = NDArray[np.int64]
 

@@ -106,18 +106,17 @@ class VisbenchLinear(Protocol):
         for step, batch in enumerate(self._batches(indices)):
             for group in optimiser.param_groups:
                 group["lr"] = self.lr * factor(step)
-            features, labels = [], []
-            for index in batch:
-                tokens = reader[index]
-                features.append(feature_map(tokens, layers))
-                labels.append(masks.pixels[index] if pixels else masks.tokens[index].dense(classes))
-            logits = head(torch.stack(features).to(context.device))
+            images = [reader[index] for index in batch]
             optimiser.zero_grad()
             if pixels:
-                pixel_loss(logits, torch.stack(labels).to(context.device), False)
+                features = torch.stack([feature_map(tokens, layers) for tokens in images])
+                labels = torch.stack([masks.pixels[index] for index in batch])
+                pixel_loss(head(features.to(context.device)), labels.to(context.device), False)
             else:
-                flat = logits.flatten(2).transpose(1, 2).reshape(-1, classes)
-                token_loss(flat, torch.cat(labels).to(flat.device)).backward()  # type: ignore[no-untyped-call]
+                rows = torch.cat([token_rows(tokens, layers) for tokens in images])
+                counts = torch.cat([masks.tokens[index].dense(classes) for index in batch])
+                loss = token_loss(_row_logits(head, rows.to(context.device)), counts.to(context.device))
+                loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             advance(1)
         head.eval()
@@ -129,8 +128,9 @@ class VisbenchLinear(Protocol):
         advance = context.progress("predict", len(test.indices))
         for index in test.indices:
             tokens = test_reader[index]
+            h, w = tokens.grids[layers[0]][0]
             with torch.no_grad():
-                logits = head(feature_map(tokens, layers)[None].to(context.device))[0]
+                logits = _row_logits(head, token_rows(tokens, layers).to(context.device)).T.reshape(classes, h, w)
             prediction = label_map(logits, tokens.frames[0].size).cpu().numpy()
             truth = tokens.frames[0].mask(checked_labels(context.test, index), IGNORE).astype(np.int16)
             scorer.add(index, truth, prediction)
@@ -173,6 +173,19 @@ class _Labels(FrameLabels):
         else:
             self.tokens.add(tokens.index, token_histograms(tokens.target[0], tokens.grids[self._layer][0], IGNORE))
         self._advance(1)
+
+
+def _row_logits(head: PixelHead, rows: Tensor) -> Tensor:
+    """``(T, D)`` tokens -> ``(T, C)`` logits: the head's convolution without turning tokens into a map and back."""
+    return F.linear(rows, head.conv.weight.flatten(1), head.conv.bias)
+
+
+def token_rows(tokens: ImageTokens, layers: tuple[int, ...]) -> Tensor:
+    """``feature_map`` as ``(h * w, D)``, a token a row: as they lie in the bank, where the layers share a grid."""
+    if len({tokens.grids[layer][0] for layer in layers}) > 1:
+        return feature_map(tokens, layers).flatten(1).T
+    rows = [tokens.patches[layer][0].float() for layer in layers]
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
 
 def feature_map(tokens: ImageTokens, layers: tuple[int, ...]) -> Tensor:

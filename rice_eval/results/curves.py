@@ -43,13 +43,18 @@ class Point:
     """A value of one group of lines.
 
     Attributes:
-        task, protocol, view, encoder, seeds: what was run; ``view`` and ``seeds`` are empty for a reference system.
+        key: the record's comparability key: rows of different keys must not be set beside each other. Empty, as ``view`` and
+            ``seeds``, for a reference system, which belongs to every key of its task and protocol.
+        record: the record's identity, so that weights of one encoder's name stay apart; empty for a reference system.
+        task, protocol, view, encoder, seeds: what was run.
         reference: whether the row is of an OCR system and not of an encoder.
         metric: its name; ``value``, ``low`` and ``high`` are in its unit, the interval over test images.
         group: the group's name.
         start, end: the group's edges; equal where it is one number, ``end`` None where it has no upper one.
     """
 
+    key: str
+    record: str
     task: str
     protocol: str
     view: str
@@ -144,11 +149,14 @@ def curves(stored: Iterable[StoredRecord], kind: str = "height", metric: str | N
         if name is None or not places:
             continue
         bounds = spans(entry, [name]).get(name, {})
+        key = record.comparability_key
         for group, (start, end) in places.items():
             value = record.per_class[name][group]
             if value is not None:
                 points.append(
                     Point(
+                        key,
+                        record.identity_of(key),
                         record.task.name,
                         record.protocol.id,
                         record.view,
@@ -190,6 +198,8 @@ def reference_curves(roots: Iterable[Path], kind: str = "height", metric: str | 
                     low, high = intervals_of.get(name, {}).get(group, (None, None))
                     points.append(
                         Point(
+                            "",
+                            "",
                             row["task"],
                             row["protocol"],
                             "",
@@ -214,8 +224,8 @@ def _check_kind(kind: str) -> None:
         raise UsageError(f"no groups of kind '{kind}'", f"choose {', '.join(KINDS)}")
 
 
-def _place(point: Point) -> tuple[str, str, str, bool, str, str, float]:
-    return point.task, point.protocol, point.view, point.reference, point.encoder, point.seeds, point.start
+def _place(point: Point) -> tuple[str, str, str, str, bool, str, str, float]:
+    return point.task, point.protocol, point.view, point.key, point.reference, point.encoder, point.record, point.start
 
 
 def curves_csv(points: Sequence[Point]) -> str:

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rice_eval.datasets import load_dataset
-from rice_eval.datasets.check import check
+from rice_eval.datasets.check import check, check_split
+from rice_eval.datasets.recognition import whole
 from rice_eval.datasets.text import text_line
 from rice_eval.datasets.text_crops import TextCrops
 from rice_eval.errors import DataError
@@ -64,6 +65,16 @@ def write_sroie(root: Path) -> Path:
         )
         put(root / "val" / "key" / f"{name}.json", json.dumps({"total": "9.50"}))
     return root
+
+
+def test_flat_polygons_and_blank_transcripts_are_notes(tmp_path: Path) -> None:
+    root = write_sroie(tmp_path)
+    box = next((root / "val" / "box").glob("*.csv"))
+    box.write_text("0,0,9,0,9,5,0,5,fine\n2,2,9,2,9,2,2,2,flat\n")
+    found = [f for f in check("sroie", root, splits=["val"]) if f.image == box.stem]
+    assert [(f.what, f.level) for f in found] == [("the polygon of text line 2 has no area", "note")]
+    assert whole("  ", (10, 30))[0].ignore
+    assert not whole(" a", (10, 30))[0].ignore
 
 
 def test_sroie_commas_blank_lines_and_fields(tmp_path: Path) -> None:
@@ -480,6 +491,8 @@ def test_lmdb_files_that_are_cut_off_or_count_wrong(tmp_path: Path) -> None:
     assert (len(few), few.beyond) == (3, (str(tmp_path / "few"),))
     assert not load_dataset("lmdb", "whole", tmp_path).beyond  # type: ignore[attr-defined]
     assert remarks(TextCrops(few, 32), "test")[-1].endswith("few has entries after its num-samples, which are not read")
+    found = [f.what for f in check_split(few) if "num-samples" in f.what]
+    assert found == [f"{tmp_path / 'few'}: holds entries after its num-samples"]
     write_lmdb(tmp_path / "many", {**crops(), "num-samples": b"1000000000"})
     with pytest.raises(DataError, match="num-samples is 1000000000, but the file has 11 keys"):
         load_dataset("lmdb", "many", tmp_path)

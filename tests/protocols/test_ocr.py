@@ -256,7 +256,15 @@ def test_labels_finer_than_tokens_separate_close_lines():
     """Lines 10 px apart on tokens of 8: one value a token sees one region, cells see every line."""
     found = []
     for cell in (0.0, 2.0):
-        settings = {"cell": cell, "smooth": 0, "min_tokens": 1, "lrs": (1e-2,), "wds": (0.0,), "thin": True, "grow": 0.5}
+        settings = {
+            "cell": cell,
+            "smooth": 0,
+            "min_tokens": 1,
+            "lrs": (1e-2,),
+            "wds": (0.0,),
+            "thin": True,
+            "grow": 0.5,
+        }
         protocol = configure(TextMask, {"view": "square=64", **settings})
         outcome = protocol.run(context_of(protocol, Stripes(0, 24), Stripes(1, 8), panels=0))
         found.append(outcome.statistics.point()["hmean"])

@@ -74,6 +74,21 @@ def test_points_are_the_records_values_with_intervals(results: Path) -> None:
         curves(stored, kind="size")
 
 
+def test_other_keys_and_other_weights_stay_apart(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = statistics(0.5, 2)
+    metrics = {k: Metric(value=v, higher_is_better=k != "cer") for k, v in found.point().items()}
+    store = ResultStore(results)
+    same = {"metric": "one_minus_ned", "metrics": metrics, "per_class": found.per_class()}
+    store.save(make_record("strong", "ocr/lines", weights="b" * 64, **same), found)
+    store.save(make_record("strong", "ocr/lines", settings={"steps": 9}, **same), found)
+    with pytest.raises(SystemExit):
+        main(["curve", str(results)])
+    out = capsys.readouterr().out
+    assert out.count("one_minus_ned by height · key ") == 2
+    first, second = sorted((part.count("strong") for part in out.split("one_minus_ned by height")[1:]), reverse=True)
+    assert (first, second) == (2, 1)
+
+
 def test_without_statistics_there_are_no_intervals_and_damage_is_named(results: Path) -> None:
     files = sorted((results / "records" / "ocr").rglob("*.npz"))
     files[0].unlink()
@@ -101,6 +116,7 @@ def test_the_command_prints_tables_csv_and_json(results: Path, capsys: pytest.Ca
         return out.out
 
     table = run()
+    assert "key" not in table
     assert "ocr/lines · linear · one_minus_ned by height" in table
     assert "reader (reference)" in table
     rows = list(csv.DictReader(io.StringIO(run("--format", "csv"))))
@@ -108,6 +124,10 @@ def test_the_command_prints_tables_csv_and_json(results: Path, capsys: pytest.Ca
         ("reader", "height 5 px"), ("reader", "height 20 px"),
     ]  # fmt: skip
     assert float(rows[0]["value"]) == pytest.approx(curves(read_records([results]))[0].value)
+    strong = next(s.record for s in read_records([results]) if s.record.encoder.name == "strong")
+    assert {(r["key"], r["record"]) for r in rows if r["encoder"] == "strong"} == {
+        (strong.comparability_key, strong.identity)
+    }
     lines = [json.loads(line) for line in run("--format", "json").splitlines()]
     assert [line["start"] for line in lines] == [float(r["start"]) for r in rows]
     run("--format", "csv", "--output", str(results / "out" / "curve.csv"))
