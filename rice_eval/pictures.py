@@ -23,7 +23,6 @@ from rice_eval.protocols.base import Panel
 from rice_eval.protocols.detection import image_truth
 from rice_eval.report.panel_files import panels_folder, save_panels
 from rice_eval.report.panels import (
-    SIDE,
     Boxes,
     PanelPicture,
     Polygons,
@@ -101,9 +100,7 @@ def _read(panel: Panel, dataset: Dataset, tokens: NDArray[np.uint8] | None) -> P
     truth, found = panel.truth, panel.prediction
     assert isinstance(truth, Polygons)
     assert isinstance(found, Polygons)
-    picture = text_panel(
-        panel.image_id, panel.index, dataset.image(panel.index), truth, found, tokens=tokens, side=3 * SIDE
-    )
+    picture = text_panel(panel.image_id, panel.index, dataset.image(panel.index), truth, found, tokens=tokens)
     if any(found.texts) or not truth.texts:
         return picture
     return replace(picture, note=f"{len(truth.texts)} true regions, {len(found.texts)} found")

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rice_eval.cards import catalogue
-from rice_eval.errors import UsageError
+from rice_eval.cards import TaskCard, catalogue
+from rice_eval.errors import NotFoundError, UsageError
 from rice_eval.plan import EncoderRef, Plan, TaskRef, make_plan, task_for_dataset
+from rice_eval.protocols.base import configure
+from rice_eval.registry import protocols
 
 
 def plan(weights: Path) -> Plan:
@@ -35,3 +38,29 @@ def test_a_path_without_a_name_is_not_searched(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     # The folder is there; what is in it is for the loader to say.
     assert len(plan(Path(".")).jobs) == 1
+
+
+def test_a_card_sets_fields_of_its_protocols_and_flags_go_over_them() -> None:
+    card = catalogue().task("ocr/sroie").model_copy(update={"dataset": "scenes-text", "options": {"size": 128}})
+
+    def planned(card: TaskCard, **settings: Any) -> Any:
+        task = TaskRef(card, None, 2, 2)
+        return (
+            make_plan([EncoderRef("rgb-moments")], [task], protocol_ids=["text-mask"], settings=settings)
+            .jobs[0]
+            .protocol
+        )
+
+    assert (planned(card).cell, planned(card).thin) == (3.5, True)
+    assert (planned(card, cell="7").cell, planned(card, cell="7").thin) == (7.0, True)
+    assert planned(card.model_copy(update={"settings": {}})).cell == 0
+    with pytest.raises(NotFoundError, match="text-maks"):
+        planned(card.model_copy(update={"settings": {"text-maks": {}}}))
+    with pytest.raises(UsageError, match="no field 'cel'"):
+        planned(card.model_copy(update={"settings": {"text-mask": {"cel": 3}}}))
+
+
+def test_every_shipped_card_sets_fields_that_are_there() -> None:
+    for card in catalogue().tasks.values():
+        for name, fields in card.settings.items():
+            configure(protocols.get(name), {"view": card.view, **fields})

@@ -79,7 +79,10 @@ def _print(points: list[Point], group: str) -> None:
         table = []
         for row_points in rows.values():
             first = row_points[0]
-            row = {"encoder": f"{first.encoder} (reference)" if first.reference else first.encoder, **dict.fromkeys(names, "")}
+            row = {
+                "encoder": f"{first.encoder} (reference)" if first.reference else first.encoder,
+                **dict.fromkeys(names, ""),
+            }
             for p in row_points:
                 interval = f" [{p.low:.0f}, {p.high:.0f}]" if p.low is not None and p.high is not None else ""
                 row[p.group] = f"{p.value:.1f}{interval}"

@@ -46,6 +46,7 @@ _IGNORED = (203, 213, 232)  # pale blue: no greys, and no colour of VOC's map, w
 _WRONG = (225, 45, 57)
 _TRUE = (38, 194, 129)
 _HALO = (16, 18, 22)
+_PAGE = 6  # lines of text from which an image is drawn as a page: what was read stands in the boxes, not above them
 _LINE = 3  # pixels of a box's outline; tiles with boxes are twice as wide as label maps and shown at half size
 
 
@@ -264,15 +265,16 @@ def text_panel(
     prediction: Polygons,
     *,
     tokens: Picture | None = None,
-    side: int = SIDE * 2,
 ) -> PanelPicture:
-    """Image, true text and read text of one image; the transcripts stand at the top left of their polygons."""
-    small = _fit(image, side)
+    """Image, true text and read text of one image: the transcripts stand at the top left of their polygons, on whole pages in them."""
+    page = len(truth.polygons) >= _PAGE
+    small = _fit(image, SIDE * (4 if page else 3))
     scale = np.array([small.shape[1] / image.shape[1], small.shape[0] / image.shape[0]])
+    draw = _typeset if page else _draw_polygons
     tiles = [
         Tile("image", small),
-        Tile("truth", _draw_polygons(small, truth, scale, _TRUE)),
-        Tile("prediction", _draw_polygons(small, prediction, scale, (255, 176, 32))),
+        Tile("truth", draw(small, truth, scale, _TRUE)),
+        Tile("prediction", draw(small, prediction, scale, (255, 176, 32))),
     ]
     if tokens is not None:
         tiles.append(Tile("tokens", upsample_nearest(tokens, (small.shape[0], small.shape[1])), flat=True))
@@ -352,9 +354,50 @@ def _draw_polygons(image: Picture, text: Polygons, scale: NDArray[np.float64], c
     return np.asarray(canvas, dtype=np.uint8)
 
 
+def _typeset(image: Picture, text: Polygons, scale: NDArray[np.float64], color: tuple[int, int, int]) -> Picture:
+    """Thin outlines; where there is a transcript it covers what the image has there, at its size and in its direction."""
+    canvas = Pil.fromarray(image)
+    draw = ImageDraw.Draw(canvas)
+    for polygon, transcript in zip(text.polygons, text.texts, strict=True):
+        points = polygon * scale
+        if len(points) < 3:
+            continue
+        outline = [(float(x), float(y)) for x, y in points]
+        draw.polygon(outline, fill=(255, 255, 255) if transcript else None, outline=color, width=1)
+        if not transcript:
+            continue
+        half = (len(points) + 1) // 2
+        along, down = points[half - 1] - points[0], points[-1] - points[0]
+        width, height = max(2, round(float(np.linalg.norm(along)))), max(2, round(float(np.linalg.norm(down))))
+        word = _words(transcript, (width, height))
+        turned = word.rotate(-np.degrees(np.arctan2(along[1], along[0])), expand=True, resample=Pil.Resampling.BICUBIC)
+        middle = points.mean(axis=0)
+        place = round(middle[0] - turned.width / 2), round(middle[1] - turned.height / 2)
+        canvas.paste(_HALO, place, turned)
+    return np.asarray(canvas, dtype=np.uint8)
+
+
+def _words(text: str, size: tuple[int, int]) -> Pil.Image:
+    """A mask of the text that fills a box of ``size = (width, height)`` from its left, in a font that fits."""
+    plain = _plain(text)
+    width, height = size
+    font = ImageFont.load_default(size=max(4, height * 0.9))
+    long = font.getlength(plain)
+    if long > width:
+        font = ImageFont.load_default(size=max(4, height * 0.9 * width / long))
+    mask = Pil.new("L", size)
+    ImageDraw.Draw(mask).text((1, height / 2), plain, fill=255, font=font, anchor="lm")
+    return mask
+
+
+def _plain(text: str) -> str:
+    """The built-in font has Latin letters only: others are drawn as a question mark."""
+    return "".join(c if " " <= c <= "~" else "?" for c in text)
+
+
 def _tag(draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, color: tuple[int, int, int]) -> None:
-    """A small label above ``at``. The built-in font has Latin letters only: others are drawn as a question mark."""
-    plain = "".join(c if " " <= c <= "~" else "?" for c in text)
+    """A small label above ``at``."""
+    plain = _plain(text)
     plain = plain if len(plain) <= 28 else plain[:27] + "."
     font = ImageFont.load_default(size=14)
     left, top, right, bottom = draw.textbbox((0, 0), plain, font=font)

@@ -123,6 +123,20 @@ def test_boxes_anywhere_can_be_drawn(box: list[float]) -> None:
     assert detection_panel("a", 0, image, boxes, boxes, ("cat",)).tiles[2].picture.shape == (40, 40, 3)
 
 
+def test_pages_have_their_text_inside_the_lines() -> None:
+    image = np.full((300, 200, 3), 200, dtype=np.uint8)
+    lines = [np.array([[10.0, y], [150, y], [150, y + 14], [10, y + 14]]) for y in range(10, 250, 24)]
+    turned = np.array([[160.0, 20], [190, 50], [180, 60], [150, 30]])
+    text = Polygons((*lines, turned), ("Total 9.50",) * len(lines) + ("up",))
+    tile = text_panel("a", 0, image, text, Polygons((), ())).tiles[1].picture
+    assert (tile[20, 100:149] == 255).all()  # nothing of the image left, and the text ends before
+    assert (tile[13:22, 12:80] < 80).all(axis=2).any()
+    assert (tile[26:32] == 200).all(axis=2)[:, :140].all()  # what lies between the lines is untouched
+    assert (tile[35:45, 160:180] < 80).all(axis=2).any()
+    boxes = text_panel("a", 0, image, Polygons(text.polygons, ("",) * len(text.texts)), Polygons((), ()))
+    assert (boxes.tiles[1].picture[20, 20:149] == 200).all()
+
+
 def test_text_panel_draws_polygons() -> None:
     image = np.zeros((60, 90, 3), dtype=np.uint8)
     square = np.array([[10.0, 30], [60, 30], [60, 50], [10, 50]])
