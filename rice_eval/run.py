@@ -15,6 +15,7 @@ import torch
 
 from rice_eval.adapters import load_encoder
 from rice_eval.adapters.base import Encoder, EncoderFacts, facts_as_dict
+from rice_eval.bank.costs import counted_once
 from rice_eval.bank.extract import Source, SourceView, open_source
 from rice_eval.bank.store import Bank, default_bank_root
 from rice_eval.cards import TaskCard, catalogue
@@ -127,19 +128,27 @@ class Loaded:
         sources: what its jobs read.
         elsewhere: passes that other processes of the same run made for it; the first job that reads a source takes
             them into its record.
+        bank: its folder, where operations are kept once counted; None where nothing is kept.
+        counted: ``(H, W)`` of an image -> operations of its forward.
     """
 
     encoder: Encoder
     seconds: float
     sources: dict[SourceKey, Source]
     elsewhere: dict[SourceKey, Elsewhere] = field(default_factory=dict)
+    bank: Path | None = None
     counted: dict[tuple[int, int], int | None] = field(default_factory=dict)
 
     def flops(self, height: int, width: int) -> int | None:
         """Operations of one image's forward, counted once a size."""
-        if (height, width) not in self.counted:
-            self.counted[height, width] = self.encoder.flops(height, width)
-        return self.counted[height, width]
+        size = (height, width)
+        if size not in self.counted:
+            if self.bank is None:
+                self.counted[size] = self.encoder.flops(*size)
+            else:
+                name = self.encoder.fingerprint
+                self.counted[size] = counted_once(self.bank, name, size, lambda: self.encoder.flops(*size))
+        return self.counted[size]
 
 
 Executor = Callable[[Plan, RunOptions, Reporter], "list[Result]"]
@@ -299,6 +308,7 @@ def execute(
             continue
         loaded = load(ref, plan, options)
         loaded.elsewhere.update(elsewhere or {})
+        loaded.bank = None if bank is None else bank.root
         for job in jobs:
             check_loaded(job, loaded.encoder, plan)
             if bank is None and job.protocol.needs_bank(loaded.encoder.facts):

@@ -31,10 +31,26 @@ def upright_size(stream: IO[bytes], label: str) -> tuple[int, int]:
     try:
         with stream, Pil.open(stream) as opened:
             width, height = opened.size
-            turned = opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            # Pillow decodes a whole PNG for the sake of facts that may stand behind its pixels.
+            plain = opened.format == "PNG" and not _told_later(stream)
+            exif = Pil.Image.getexif(opened) if plain else opened.getexif()
+            turned = exif.get(_ORIENTATION, 1) in (5, 6, 7, 8)
     except (OSError, SyntaxError, ValueError, Pil.DecompressionBombError) as error:
         raise DataError(f"{label}: can't be decoded ({undecoded(error)})", "replace the file") from error
     return (width, height) if turned else (height, width)
+
+
+def _told_later(stream: IO[bytes]) -> bool:
+    """Whether a PNG has chunks behind its pixels that may turn it (eXIf, or text that holds EXIF or XMP); lengths and names are read."""
+    here = stream.tell()
+    stream.seek(8)
+    behind = told = False
+    while len(head := stream.read(8)) == 8:
+        behind = behind or head[4:] == b"IDAT"
+        told = told or (behind and head[4:] in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"))
+        stream.seek(int.from_bytes(head[:4], "big") + 4, 1)
+    stream.seek(here)
+    return told
 
 
 def decode_indices(data: bytes, label: str) -> NDArray[np.int64]:

@@ -198,7 +198,10 @@ def configure(protocol: type[_P], settings: Mapping[str, Any]) -> _P:
                 f"protocol '{protocol.id}', field '{name}': {error}", f"its default is {default!r}"
             ) from error
     try:
-        return protocol(**values)
+        made = protocol(**values)
+        if not 0 <= made.seed < 1 << 63:
+            raise ValueError(f"seed is 0 or more, not {made.seed}")
+        return made
     except (TypeError, ValueError) as error:
         raise UsageError(
             f"protocol '{protocol.id}': {error}", "check its fields with rice-eval show protocol"

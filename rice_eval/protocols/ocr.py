@@ -24,7 +24,6 @@ from rice_eval.protocols.ocr_lines import (
     LineScorer,
     check_lines,
     check_optimiser,
-    check_seed,
     columns,
     crops_of,
     line_features,
@@ -107,7 +106,6 @@ class CtcLinear(Protocol):
         check_lines(self.charset, self.pool, self.scale, self.height, self.margin, self.max_aspect)
         if not self.lrs or not self.wds or len(self.betas) != 2:
             raise ValueError("lrs and wds need at least one value each, betas exactly two")
-        check_seed(self.seed)
         check_optimiser(self.lrs, self.wds, self.betas)
         if min(self.steps, self.batch) < 1 or self.beam < 0 or not 0 < self.frame < math.inf:
             raise ValueError("steps and batch are at least 1, beam 0 or more, frame above 0")

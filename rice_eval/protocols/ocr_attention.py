@@ -23,7 +23,6 @@ from rice_eval.protocols.ocr_lines import (
     LineScorer,
     check_lines,
     check_optimiser,
-    check_seed,
     columns,
     crops_of,
     need_lines,
@@ -80,7 +79,6 @@ class AttnProbe(Protocol):
         check_lines(self.charset, "mean", "fit", self.height, self.margin, self.max_aspect)
         if min(self.length, self.width // 2, self.steps, self.batch) < 1 or not self.lrs:
             raise ValueError("length, steps and batch are at least 1, width at least 2, and lrs needs a value")
-        check_seed(self.seed)
         check_optimiser(self.lrs, (self.wd,))
         if not 0 <= self.warmup < 1 or not 0 < self.holdout < 1:
             raise ValueError("warmup is in [0, 1) and holdout in (0, 1)")

@@ -34,7 +34,6 @@ __all__ = [
     "as_batch",
     "check_lines",
     "check_optimiser",
-    "check_seed",
     "columns",
     "crops_of",
     "group_names",
@@ -282,12 +281,6 @@ def check_lines(charset: str, pool: str, scale: str, height: int, margin: float,
     check_choice("scale", scale, ("fit", "native"))
     if height < 8 or not (0 <= margin < math.inf and 1 <= max_aspect < math.inf):
         raise ValueError("height is at least 8, margin 0 or more, max_aspect 1 or more")
-
-
-def check_seed(seed: int) -> None:
-    """ValueError unless generators can take the seed."""
-    if not 0 <= seed < 1 << 63:
-        raise ValueError(f"seed is 0 or more, not {seed}")
 
 
 def check_optimiser(rates: Sequence[float], decays: Sequence[float], betas: Sequence[float] = (0.9, 0.999)) -> None:

@@ -23,7 +23,7 @@ from rice_eval.metrics.text_statistics import TextStatistics, TextSums
 from rice_eval.probes.linear import LinearMap
 from rice_eval.protocols.base import Context, Outcome, Panel
 from rice_eval.protocols.linear import Linear, LinearTrainPass
-from rice_eval.protocols.ocr_lines import check_optimiser, check_seed, group_names, groups_of, spread
+from rice_eval.protocols.ocr_lines import check_optimiser, group_names, groups_of, spread
 from rice_eval.protocols.segmentation import LayerSet, scaled_logits
 from rice_eval.report.panels import Polygons
 from rice_eval.views import Frame
@@ -238,7 +238,6 @@ class TextMask(Linear):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_seed(self.seed)
         check_optimiser(self.lrs, self.wds, self.betas)
         lengths = (self.cell, self.min_tokens, self.grow, self.join, self.smooth)
         if not 0 < self.threshold < 1 or not all(0 <= v < math.inf for v in lengths):

@@ -21,7 +21,7 @@ from rice_eval.metrics.multilabel import MultilabelStatistics
 from rice_eval.metrics.text import normalise
 from rice_eval.metrics.text_statistics import TextSums
 from rice_eval.protocols.base import Context, Head, Outcome, Protocol
-from rice_eval.protocols.ocr_lines import as_batch, check_seed, crops_of, remarks
+from rice_eval.protocols.ocr_lines import as_batch, crops_of, remarks
 from rice_eval.protocols.segmentation import LAYER_SETS, LayerSet, check_choice, held_out, layers_of
 from rice_eval.views import Frame, View
 
@@ -145,7 +145,6 @@ class RegionTokens(Protocol):
     def __post_init__(self) -> None:
         check_choice("labels", self.labels, ("characters", "pieces"))
         check_choice("layer_set", self.layer_set, LAYER_SETS)
-        check_seed(self.seed)
         positive = all(0 < ridge < math.inf for ridge in self.ridges)
         if not self.ridges or not positive or self.pieces < 1 or not 0 < self.holdout < 1:
             raise ValueError("ridges are above 0, pieces at least 1, holdout in (0, 1)")
@@ -273,7 +272,6 @@ class ZeroShotWords(Protocol):
     batch: int = 32
 
     def __post_init__(self) -> None:
-        check_seed(self.seed)
         try:
             written = self.prompt.format("RICE-EVAL")
         except (KeyError, IndexError, AttributeError, ValueError) as error:

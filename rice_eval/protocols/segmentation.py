@@ -44,8 +44,8 @@ LayerSet = Literal["last", "last4", "quarters", "all"]
 LAYER_SETS: tuple[LayerSet, ...] = ("last", "last4", "quarters", "all")
 Labels = NDArray[np.int64]
 
-_TOGETHER = 1 << 21
-"""Elements of ``(C, H, W)`` logits that are upsampled in one go: 8 MiB."""
+_TOGETHER = 1 << 23
+"""Elements of ``(C, H, W)`` logits that are upsampled in one go: 32 MiB."""
 
 
 def check_choice(name: str, value: str, known: Sequence[str]) -> None:

@@ -6,8 +6,10 @@ import importlib.util
 import io
 import json
 import pickle
+import struct
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,10 +17,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from rice_eval.datasets import load_dataset
 from rice_eval.datasets.base import IGNORE, Dataset, decode_image, files_fingerprint
+from rice_eval.datasets.rasters import upright_size
 from rice_eval.datasets.segmentation import class_table
 from rice_eval.errors import DataError, RiceEvalError, UsageError
 
@@ -473,3 +476,22 @@ def test_classes_and_colours_equal_mmsegs(ours: str, theirs: str) -> None:
     assert list(names[skip:]) == [name.strip() for name in getattr(module, f"{theirs}_classes")()]
     assert [list(colour) for colour in palette[skip:]] == getattr(module, f"{theirs}_palette")()
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("chunk", [b"eXIf", b"iTXt"])
+@pytest.mark.parametrize("behind", [False, True])
+def test_the_size_of_a_png_is_known_without_decoding_it(chunk: bytes, behind: bool, monkeypatch: Any) -> None:
+    """Wherever the orientation stands, the size is that of the turned photo; where there is none, no pixel is decoded."""
+    written = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 50, 3), dtype=np.uint8)).save(written, "PNG")
+    plain = written.getvalue()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    body = exif.tobytes()[6:] if chunk == b"eXIf" else b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>'
+    told = struct.pack(">I", len(body)) + chunk + body + struct.pack(">I", zlib.crc32(chunk + body))
+    place = len(plain) - 12 if behind else 33  # before IEND, or after IHDR
+    turned = plain[:place] + told + plain[place:]
+    assert upright_size(io.BytesIO(turned), "x") == decode_image(turned, "x").shape[:2] == (50, 30)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    assert upright_size(io.BytesIO(plain), "x") == (30, 50)
+    assert upright_size(io.BytesIO(plain[:45]), "x") == (30, 50)  # cut off: found out when it is read
