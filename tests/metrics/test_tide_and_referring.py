@@ -80,12 +80,18 @@ def test_equals_tidecv(seed):
             dets.add_detection(i, int(label), float(score), [*box[:2], *(box[2:] - box[:2])])
     run = tidecv.TIDE().evaluate(theirs, dets, mode=tidecv.TIDE.BOX)
     mine = breakdown(truth, found, 4)
-    assert mine.ap50 == pytest.approx(run.ap, abs=1e-6)
+    # A recall that is a whole percent may stand on either side of a threshold: tidecv's are k / 100, pycocotools' and so ours
+    # numpy's linspace, and some differ in the last bit. One threshold of a class of four is worth 100 / 101 / 4 at most.
+    grid = np.linspace(0, 1, 101)
+    counts = np.bincount(np.concatenate([t.labels for t in truth]), minlength=4)
+    exact = all(grid[k] == k / 100 for n in counts for k in range(101) if k * n % 100 == 0)
+    near = 1e-6 if exact else 0.25
+    assert mine.ap50 == pytest.approx(run.ap, abs=near)
     names = {"Cls": "classification", "Loc": "localisation", "Both": "both", "Dupe": "duplicate", "Bkg": "background"}
     for kind, cost in run.fix_main_errors().items():
         if kind.short_name in names:
             assert mine.counts[names[kind.short_name]] == len(run.error_dict[kind])
-            assert mine.costs[names[kind.short_name]] == pytest.approx(cost, abs=1e-6)
+            assert mine.costs[names[kind.short_name]] == pytest.approx(cost, abs=near)
 
 
 def test_recall_by_crowding_names_its_buckets():
