@@ -11,7 +11,9 @@ For each encoder and data set, at ``square=224``:
 
 What lies between ``banked`` and ``online-none`` is the engine alone; between ``online-none`` and ``online`` the augmentation alone.
 Then the parts of the engine one by one (``ablation``): without augmentation every forward of an image gives the same features, so the
-online head can be trained on features computed once, and ``linear``'s choices put in its place one after the other, over many seeds.
+online head can be trained on features computed once, and ``linear``'s choices put in its place one after the other, over many seeds;
+the first and the last of these once more for ten times as many steps. And the augmentation in parts (``PARTS``): what is left when
+the scale is fixed, or the colours stay.
 
 Seconds are of CPU time without the bank's pass, which is shared by all that reads it. Runs that the file already has are not
 repeated. ``--table`` prints what it holds.
@@ -33,6 +35,15 @@ COMPARED = ENCODERS[:3]
 FORMS = ("banked", "online-none", "online", "gram-lda", "linear")
 VIEW = "square=224"
 ABLATION_SEEDS = 4
+LONG, LONG_SEEDS = 10, 2
+"""How many times as long, and over how many seeds, the ends of the ablation are trained again."""
+PARTS = {
+    "online-scale": {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0},
+    "online-colour": {"ratios": (1.0, 1.0)},
+    "online-crop": {"ratios": (1.0, 1.0), "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0},
+}
+"""The recipe's augmentation without its colours, without its random scale, without both (crop and mirror image alone)."""
+PART_SEEDS = 2
 
 
 def task(name: str, coco: Path) -> dict[str, Any]:
@@ -53,7 +64,7 @@ def form_settings(form: str, steps: int, batch: int, seed: int) -> tuple[str, di
     if form.startswith("online"):
         return "dinov2-linear", {
             **rate, "steps": steps, "batch": batch, "warmup": round(0.1 * steps), "side": "224", "crop": "224", "seed": seed,
-            "augment": "none" if form == "online-none" else "mmseg",
+            "augment": "none" if form == "online-none" else "mmseg", **PARTS.get(form, {}),
         }  # fmt: skip
     return form, {}
 
@@ -85,8 +96,15 @@ STEPS_BETWEEN = {
 """From the online head to ``linear``'s, a choice at a time."""
 
 
-def ablation(encoder: str, data: dict[str, Any], steps: int, batch: int, seeds: int) -> dict[str, list[float]]:
-    """mIoU of each row of ``STEPS_BETWEEN`` over seeds, on features in float32 computed once."""
+def ablation(
+    encoder: str,
+    data: dict[str, Any],
+    steps: int,
+    batch: int,
+    seeds: int,
+    names: tuple[str, ...] = tuple(STEPS_BETWEEN),
+) -> dict[str, list[float]]:
+    """mIoU of rows of ``STEPS_BETWEEN`` over seeds, on features in float32 computed once."""
     import numpy as np
     import torch
 
@@ -159,7 +177,7 @@ def ablation(encoder: str, data: dict[str, Any], steps: int, batch: int, seeds: 
     def named(settings: dict[str, str]) -> dict[str, str]:
         return {("schedule_name" if k == "schedule" else k): v for k, v in settings.items()}
 
-    return {name: [one(seed, **named(how)) for seed in range(seeds)] for name, how in STEPS_BETWEEN.items()}
+    return {name: [one(seed, **named(STEPS_BETWEEN[name])) for seed in range(seeds)] for name in names}
 
 
 def run(out: Path, coco: Path, steps: int, batch: int, seeds: int) -> None:
@@ -185,6 +203,20 @@ def run(out: Path, coco: Path, steps: int, batch: int, seeds: int) -> None:
                         out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
 
     ablations(out, coco, steps, batch, found)
+    augmentation(out, coco, steps, batch, found)
+
+
+def augmentation(out: Path, coco: Path, steps: int, batch: int, found: dict[str, Any]) -> None:
+    rows = found["rows"]
+    with tempfile.TemporaryDirectory() as folder:
+        for encoder in COMPARED:
+            for form in PARTS:
+                for seed in range(PART_SEEDS):
+                    key = f"coco/{encoder}/{form}/{seed}"
+                    if key not in rows:
+                        rows[key] = measure(Path(folder), encoder, task("coco", coco), form, steps, batch, seed)
+                        print(key, {k: round(v, 2) for k, v in rows[key].items()}, flush=True)
+                        out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
 
 
 def ablations(out: Path, coco: Path, steps: int, batch: int, found: dict[str, Any]) -> None:
@@ -194,6 +226,13 @@ def ablations(out: Path, coco: Path, steps: int, batch: int, found: dict[str, An
             if f"{name}/{encoder}" not in parts:
                 parts[f"{name}/{encoder}"] = ablation(encoder, task(name, coco), steps, batch, ABLATION_SEEDS)
                 print(name, encoder, parts[f"{name}/{encoder}"], flush=True)
+                out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    ends, long = (next(iter(STEPS_BETWEEN)), list(STEPS_BETWEEN)[-1]), found.setdefault("long", {})
+    for name in ("coco", "scenes"):
+        for encoder in COMPARED:
+            if f"{name}/{encoder}" not in long:
+                long[f"{name}/{encoder}"] = ablation(encoder, task(name, coco), LONG * steps, batch, LONG_SEEDS, ends)
+                print("long", name, encoder, long[f"{name}/{encoder}"], flush=True)
                 out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
 
 
@@ -233,9 +272,19 @@ def table(found: dict[str, Any]) -> str:
         if len(ranks["online"]) == len(ranks["gram-lda"]) > 1:
             lines.append(f"\nKendall's tau of gram-lda and online: {kendall(ranks['online'], ranks['gram-lda']):.2f}")
     lines += ["", f"| ablation | {' | '.join(STEPS_BETWEEN)} |", "|---" * (len(STEPS_BETWEEN) + 1) + "|"]
-    for key, parts in sorted(found.get("ablation", {}).items()):
-        cells = [f"{statistics.mean(parts[n]):.1f} ± {statistics.stdev(parts[n]):.1f}" for n in STEPS_BETWEEN]
-        lines.append(f"| {key} | {' | '.join(cells)} |")
+    for title, held in (("", found.get("ablation", {})), (f", {LONG} x the steps", found.get("long", {}))):
+        for key, parts in sorted(held.items()):
+            cells = [
+                f"{statistics.mean(parts[n]):.1f} ± {statistics.stdev(parts[n]):.1f}" if n in parts else "-"
+                for n in STEPS_BETWEEN
+            ]
+            lines.append(f"| {key}{title} | {' | '.join(cells)} |")
+    shown = ("online", *PARTS, "online-none")
+    lines += ["", f"| coco | {' | '.join(shown)} |", "|---" * (len(shown) + 1) + "|"]
+    for encoder in COMPARED:
+        values = [[v["miou"] for k, v in sorted(rows.items()) if k.startswith(f"coco/{encoder}/{f}/")] for f in shown]
+        cells = [" ".join(f"{v:.1f}" for v in each) or "-" for each in values]
+        lines.append(f"| {encoder} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -246,7 +295,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--ablation", action="store_true", help="only the ablation, into the runs that --out holds")
+    parser.add_argument(
+        "--ablation", action="store_true", help="only what takes the gap apart, into the runs that --out holds"
+    )
     parser.add_argument("--table", action="store_true", help="print what --out holds")
     given = parser.parse_args()
     if not given.table:
@@ -256,7 +307,9 @@ def main() -> None:
             import torch
 
             torch.set_num_threads(1)
-            ablations(given.out, given.coco, given.steps, given.batch, json.loads(given.out.read_text()))
+            found = json.loads(given.out.read_text())
+            ablations(given.out, given.coco, given.steps, given.batch, found)
+            augmentation(given.out, given.coco, given.steps, given.batch, found)
         else:
             run(given.out, given.coco, given.steps, given.batch, given.seeds)
     print(table(json.loads(given.out.read_text())))

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from rice_eval.adapters.base import EncoderFacts
 from rice_eval.bank.source import ImageTokens
 from rice_eval.errors import MissingExtraError
 from rice_eval.metrics.coco import Found
@@ -27,6 +28,7 @@ from rice_eval.protocols.detection import (
     DetectionTest,
     Sample,
     TrainSet,
+    pyramid_layer,
     to_image,
 )
 from rice_eval.protocols.detection_train import LossLog, by_grid, decayed, maps_of, moments_of
@@ -37,9 +39,11 @@ __all__ = ["CascadeMaskRcnnFrozen", "MaskRcnnFrozen", "RiceDetection"]
 
 @dataclass(frozen=True)
 class _TwoStage(DetectionProtocol):
-    """Proposals, box stages and masks on a pyramid over the frozen last block. Boxes are regressed for all classes at once.
+    """Proposals, box stages and masks on a pyramid over a frozen layer. Boxes are regressed for all classes at once.
 
     Attributes:
+        stride: the pyramid stands on the deepest layer whose tokens are at most this many pixels wide: a ViT's last, the stage
+            before the last of most hierarchical encoders.
         scales: of the levels against the token grid; the coarsest stands for ViTDet's further max-pooled level.
         hidden: width of the box heads' two layers.
         mask_channels: width of the mask head's four convolutions.
@@ -53,6 +57,7 @@ class _TwoStage(DetectionProtocol):
 
     version: ClassVar[int] = 2
 
+    stride: float = 16.0
     scales: tuple[float, ...] = (4.0, 2.0, 1.0, 0.5, 0.25)
     hidden: int = 1024
     mask_channels: int = 256
@@ -72,8 +77,12 @@ class _TwoStage(DetectionProtocol):
             raise ValueError("ious are one to three rising values")
         if min(self.hidden, self.mask_channels, self.samples, self.proposals) < 1:
             raise ValueError("hidden, mask_channels, samples and proposals are at least 1")
-        if self.lr <= 0 or self.clip_norm <= 0:
-            raise ValueError("lr and clip_norm are above zero")
+        if min(self.lr, self.clip_norm, self.stride) <= 0:
+            raise ValueError("lr, clip_norm and stride are above zero")
+
+    def layers(self, facts: EncoderFacts) -> tuple[int, ...]:
+        """The one the pyramid stands on."""
+        return (pyramid_layer(facts, self.stride),)
 
     def pyramid(self, width: int) -> tuple[nn.Module, int]:
         """The pyramid on a map of ``width`` channels, and the channels of its levels."""

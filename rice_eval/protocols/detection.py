@@ -36,6 +36,7 @@ __all__ = [
     "frame_targets",
     "image_order",
     "image_truth",
+    "pyramid_layer",
     "to_image",
 ]
 
@@ -326,6 +327,16 @@ class DetectionTest:
         self._scorer.add(tokens.index, tokens.target, self._predict(tokens))
         self.seconds += time.perf_counter() - start
         self._advance(1)
+
+
+def pyramid_layer(facts: EncoderFacts, stride: float) -> int:
+    """The layer a pyramid stands on: the deepest whose tokens are at most ``stride`` pixels wide; the deepest of the finest if none are.
+
+    ViTDet's pyramid stands on a map of stride 16 (arXiv 2203.16527, section 3). A plain ViT has one stride and gives its last
+    layer; the last stage of a hierarchical encoder, of stride 32, is a level too coarse for it.
+    """
+    widest = max(stride, min(facts.strides))
+    return max(n for n, width in enumerate(facts.strides, start=1) if width <= widest)
 
 
 @dataclass(frozen=True)

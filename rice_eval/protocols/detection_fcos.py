@@ -28,6 +28,7 @@ from rice_eval.protocols.detection import (
     TrainBoxes,
     TrainSet,
     image_truth,
+    pyramid_layer,
     to_image,
 )
 from rice_eval.protocols.detection_train import LossLog, by_grid, decayed, maps_of, moments_of
@@ -252,9 +253,11 @@ def _named(layer: int, lr: float, wd: float) -> dict[str, float | int]:
 
 @dataclass(frozen=True)
 class FcosSfp(_Fcos):
-    """FCOS on ViTDet's simple feature pyramid, made from the last block's tokens alone.
+    """FCOS on ViTDet's simple feature pyramid, made from one layer's tokens alone.
 
     Attributes:
+        stride: the pyramid stands on the deepest layer whose tokens are at most this many pixels wide: a ViT's last, the stage
+            before the last of most hierarchical encoders.
         scales: of the levels against the token grid; (4, 2, 1, 0.5) is ViTDet's.
         channels: of pyramid and towers, a multiple of 8.
         convs: 3x3 convolutions of each of the two towers.
@@ -267,6 +270,7 @@ class FcosSfp(_Fcos):
     id: ClassVar[str] = "fcos-sfp"
     version: ClassVar[int] = 2
 
+    stride: float = 16.0
     scales: tuple[float, ...] = (4.0, 2.0, 1.0, 0.5)
     channels: int = 128
     convs: int = 2
@@ -280,8 +284,12 @@ class FcosSfp(_Fcos):
         check_scales(self.scales)
         if self.channels < 8 or self.channels % 8 or self.convs < 0:
             raise ValueError("channels are a multiple of 8, convs not negative")
-        if not self.lrs or self.cells <= 0 or self.clip_norm <= 0:
-            raise ValueError("lrs need at least one value; cells and clip_norm are above zero")
+        if not self.lrs or min(self.cells, self.clip_norm, self.stride) <= 0:
+            raise ValueError("lrs need at least one value; cells, clip_norm and stride are above zero")
+
+    def layers(self, facts: EncoderFacts) -> tuple[int, ...]:
+        """The one the pyramid stands on."""
+        return (pyramid_layer(facts, self.stride),)
 
     def levels_of(self, grid: tuple[int, int], size: tuple[int, int]) -> list[Level]:
         """The pyramid's maps."""

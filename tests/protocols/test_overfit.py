@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from segmentation_fakes import context_of
 
@@ -34,3 +36,15 @@ def test_eight_images_are_learnt_by_heart(kind, settings):
     protocol = kind(view="square=224", batch=8, **settings)
     context = context_of(protocol, data, data, load_encoder("random-vit-s-14"))
     assert protocol.run(context).statistics.point()["ap50"] > 90
+
+
+@pytest.mark.parametrize(
+    ("strides", "stride", "layer"),
+    [((14,) * 12, 16, 12), ((32,) * 12, 16, 12), ((2, 4, 8, 16, 32), 16, 4), ((4, 8, 8), 16, 3), ((2, 4, 8), 1, 1)],
+)
+def test_pyramids_stand_on_the_deepest_layer_that_is_fine_enough(strides, stride, layer):
+    facts = replace(load_encoder("rgb-moments").facts, layers=len(strides), strides=strides, widths=(8,) * len(strides))
+    for kind in (FcosSfp, MaskRcnnFrozen, CascadeMaskRcnnFrozen, RiceDetection):
+        assert kind(view="square=224", stride=stride).layers(facts) == (layer,)
+        with pytest.raises(ValueError, match="stride"):
+            kind(view="square=224", stride=0)
