@@ -23,8 +23,8 @@ from rice_eval.metrics.text_statistics import TextStatistics, TextSums
 from rice_eval.probes.linear import LinearMap
 from rice_eval.protocols.base import Context, Outcome, Panel
 from rice_eval.protocols.linear import Linear, LinearTrainPass
-from rice_eval.protocols.ocr_lines import check_optimiser, group_names, groups_of, spread
-from rice_eval.protocols.segmentation import LayerSet, scaled_logits
+from rice_eval.protocols.ocr_lines import group_names, groups_of, spread
+from rice_eval.protocols.segmentation import LayerSet, check_optimiser, scaled_logits
 from rice_eval.report.panels import Polygons
 from rice_eval.views import Frame
 
