@@ -300,6 +300,7 @@ def probability_map(
     side = math.isqrt(head.bias.shape[0] // 2)
     stride = max(frame.size[0] / (grid[0] * side), 1.0)
     reach = max(1, round(smooth / stride)) // 2  # an odd window keeps its middle
+    reach = min(reach, max(grid) * side)  # which covers the map from anywhere in it
     for patches, (h, w) in zip(tokens.patches[layer], tokens.grids[layer]):
         both: Tensor = head(patches).reshape(h, w, side, side, 2)
         one = (both[..., 1] - both[..., 0]).transpose(1, 2).reshape(1, 1, h * side, w * side)
