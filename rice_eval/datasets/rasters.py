@@ -19,6 +19,9 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _ORIENTATION = 0x0112
 """EXIF tag of the orientation; 5 to 8 turn the image by 90 or 270 degrees (EXIF 2.32, 4.6.4)."""
 
+_WIDTH, _LENGTH = 0x0100, 0x0101
+"""Tags of a TIFF's stored size (TIFF 6.0, 8)."""
+
 
 def upright_size(stream: IO[bytes], label: str) -> tuple[int, int]:
     """Height and width of an image as shown (EXIF orientation applied), from its header alone.
@@ -27,6 +30,7 @@ def upright_size(stream: IO[bytes], label: str) -> tuple[int, int]:
         DataError: no image.
     """
     from PIL import Image as Pil
+    from PIL.TiffImagePlugin import TiffImageFile
 
     try:
         with stream, Pil.open(stream) as opened:
@@ -35,6 +39,9 @@ def upright_size(stream: IO[bytes], label: str) -> tuple[int, int]:
             plain = opened.format == "PNG" and not _told_later(stream)
             exif = Pil.Image.getexif(opened) if plain else opened.getexif()
             turned = exif.get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            if isinstance(opened, TiffImageFile):
+                # Pillow may or may not have turned the size of a TIFF already: the tags say how it is stored.
+                width, height = int(opened.tag_v2[_WIDTH]), int(opened.tag_v2[_LENGTH])
     except (OSError, SyntaxError, ValueError, Pil.DecompressionBombError) as error:
         raise DataError(f"{label}: can't be decoded ({undecoded(error)})", "replace the file") from error
     return (width, height) if turned else (height, width)

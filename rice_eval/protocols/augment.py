@@ -191,7 +191,9 @@ def _hued(image: Image, spread: float, kind: AugmentName, rng: np.random.Generat
     if kind != "mmseg":
         return _tv(tv.adjust_hue, image, float(rng.uniform(-spread, spread)))
     # mmseg turns OpenCV's 8-bit hue (180 levels a turn) by a whole number of levels; the upper end is left out.
-    levels = max(1, round(spread * 180))
+    levels = round(spread * 180)
+    if not levels:
+        return image
     hsv = to_hsv(image)
     hsv[..., 0] = (hsv[..., 0].astype(np.int64) + int(rng.integers(-levels, levels))) % 180
     return from_hsv(hsv)

@@ -19,6 +19,7 @@ from rice_eval.errors import CheckpointError
 from rice_eval.protocols.base import Context, Head, Outcome, Protocol
 from rice_eval.protocols.online import evaluate_online
 from rice_eval.protocols.online_head import PixelHead
+from rice_eval.protocols.online_infer import check_scales
 from rice_eval.protocols.segmentation import LAYER_SETS, LayerSet, check_choice, layers_of
 
 __all__ = ["HeadImport", "read_head"]
@@ -60,6 +61,7 @@ class HeadImport(Protocol):
     def __post_init__(self) -> None:
         check_choice("layer_set", self.layer_set, LAYER_SETS)
         check_choice("tokens", self.tokens, ("online",))
+        check_scales(self.scales)
         if not self.head:
             raise ValueError("head is the path of a head's checkpoint")
         try:

@@ -154,7 +154,7 @@ class _Keys:
         """For each image of the queries, ``(N, k)`` rows of its tokens' neighbours."""
         counts = [len(queries.image(index)) for index in queries.indices]
         known = next(m for m in _METRICS if m == metric)
-        rows = nearest(queries, self._rows, sum(counts), k, known, device)[1]
+        rows = nearest(queries, self._rows, sum(counts), min(k, self.count), known, device)[1]
         return list(zip(queries.indices, torch.split(rows, counts)))
 
     def labels(self, rows: Tensor) -> Tensor:
@@ -215,7 +215,9 @@ class HummingbirdKnn(Protocol):
             tokens = reader[index]
             frame, (h, w) = tokens.frames[0], tokens.grids[layer][0]
             queries = F.normalize(tokens.patches[layer][0].float(), dim=1)
-            near, rows = nearest(_once(queries), _once(features), len(queries), self.k, "dot", context.device)
+            near, rows = nearest(
+                _once(queries), _once(features), len(queries), min(self.k, len(features)), "dot", context.device
+            )
             found = attend(near, shares[rows], self.temperature)
             prediction = label_map(found.T.reshape(classes, h, w), frame.size).numpy()
             truth = frame.mask(checked_labels(context.test, index), IGNORE).astype(np.int16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from rice_eval.protocols.segmentation import (
     Scorer,
     TrainPass,
     check_choice,
+    check_optimiser,
+    check_trained,
     held_out,
     joined,
     layers_of,
@@ -97,6 +100,9 @@ class Linear(FewLabels):
             raise ValueError("steps, batch and tokens_per_image are at least 1")
         if not 0 <= self.warmup < 1 or not 0 < self.holdout < 1:
             raise ValueError("warmup is in [0, 1) and holdout in (0, 1)")
+        check_optimiser(self.lrs, self.wds, self.betas)
+        if not 0 <= self.norm_eps < math.inf:
+            raise ValueError("norm_eps is 0 or more")
 
     def layers(self, facts: EncoderFacts) -> tuple[int, ...]:
         """The layers of ``layer_set``."""
@@ -146,8 +152,10 @@ class Linear(FewLabels):
         moment = train.fit_moments[layer] + train.held_moments[layer] if held else train.fit_moments[layer]
         group = fitter.group(layer, moment, ((lr, wd),))
         fitter.train({layer: group}, indices, context.progress("refit", self.steps))
+        head = group.export(0)
+        check_trained(self.id, head.weight, head.bias)
         return Fitted(
-            head=group.export(0),
+            head=head,
             layer=layer,
             chosen=_named(layer, lr, wd),
             heads=heads or (Head(_named(layer, lr, wd), None),),

@@ -30,6 +30,8 @@ from rice_eval.protocols.segmentation import (
     LayerSet,
     Scorer,
     check_choice,
+    check_optimiser,
+    check_trained,
     checked_labels,
     label_map,
     layers_of,
@@ -78,6 +80,7 @@ class VisbenchLinear(Protocol):
             raise ValueError(
                 "epochs and batch are at least 1, betas two, and warmup_epochs is shorter than the training"
             )
+        check_optimiser((self.lr,), (self.wd,), self.betas)
 
     def layers(self, facts: EncoderFacts) -> tuple[int, ...]:
         """The layers of ``layer_set``."""
@@ -117,6 +120,7 @@ class VisbenchLinear(Protocol):
                 steps.step(weight, bias, self.lr * factor(step))
             advance(1)
         head.eval()
+        check_trained(self.id, *head.parameters())
         fitted = time.perf_counter()
         test = context.tokens("test", self.view)
         test_reader = test.reader()

@@ -23,7 +23,6 @@ from rice_eval.protocols.ocr_lines import (
     LineReader,
     LineScorer,
     check_lines,
-    check_optimiser,
     columns,
     crops_of,
     line_features,
@@ -32,7 +31,7 @@ from rice_eval.protocols.ocr_lines import (
     unspellable,
 )
 from rice_eval.protocols.ocr_training import ReadsLines, Rider, TrainingLines
-from rice_eval.protocols.segmentation import LAYER_SETS, LayerSet, check_choice, layers_of
+from rice_eval.protocols.segmentation import LAYER_SETS, LayerSet, check_choice, check_optimiser, layers_of
 
 __all__ = ["CtcLinear", "FittedReader"]
 

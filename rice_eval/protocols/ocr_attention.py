@@ -22,7 +22,6 @@ from rice_eval.protocols.base import Context, Head, Outcome, Protocol
 from rice_eval.protocols.ocr_lines import (
     LineScorer,
     check_lines,
-    check_optimiser,
     columns,
     crops_of,
     need_lines,
@@ -30,7 +29,7 @@ from rice_eval.protocols.ocr_lines import (
     unspellable,
 )
 from rice_eval.protocols.ocr_training import ReadsLines, Rider, TrainingLines
-from rice_eval.protocols.segmentation import LAYER_SETS, LayerSet, check_choice, layers_of
+from rice_eval.protocols.segmentation import LAYER_SETS, LayerSet, check_choice, check_optimiser, layers_of
 
 __all__ = ["AttnProbe"]
 

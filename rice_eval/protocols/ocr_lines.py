@@ -33,7 +33,6 @@ __all__ = [
     "LineScorer",
     "as_batch",
     "check_lines",
-    "check_optimiser",
     "columns",
     "crops_of",
     "group_names",
@@ -281,16 +280,6 @@ def check_lines(charset: str, pool: str, scale: str, height: int, margin: float,
     check_choice("scale", scale, ("fit", "native"))
     if height < 8 or not (0 <= margin < math.inf and 1 <= max_aspect < math.inf):
         raise ValueError("height is at least 8, margin 0 or more, max_aspect 1 or more")
-
-
-def check_optimiser(rates: Sequence[float], decays: Sequence[float], betas: Sequence[float] = (0.9, 0.999)) -> None:
-    """ValueError unless AdamW can take these."""
-    if not all(0 < rate < math.inf for rate in rates):
-        raise ValueError(f"learning rates are above 0, not {', '.join(f'{rate:g}' for rate in rates)}")
-    if not all(0 <= decay < math.inf for decay in decays):
-        raise ValueError(f"weight decays are 0 or more, not {', '.join(f'{decay:g}' for decay in decays)}")
-    if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas are in [0, 1), not {', '.join(f'{beta:g}' for beta in betas)}")
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from rice_eval.metrics.text_statistics import TextStatistics, TextSums
 from rice_eval.probes.linear import LinearMap
 from rice_eval.protocols.base import Context, Outcome, Panel
 from rice_eval.protocols.linear import Linear, LinearTrainPass
-from rice_eval.protocols.ocr_lines import check_optimiser, group_names, groups_of, spread
-from rice_eval.protocols.segmentation import LayerSet, scaled_logits
+from rice_eval.protocols.ocr_lines import group_names, groups_of, spread
+from rice_eval.protocols.segmentation import LayerSet, check_optimiser, scaled_logits
 from rice_eval.report.panels import Polygons
 from rice_eval.views import Frame
 
@@ -300,6 +300,7 @@ def probability_map(
     side = math.isqrt(head.bias.shape[0] // 2)
     stride = max(frame.size[0] / (grid[0] * side), 1.0)
     reach = max(1, round(smooth / stride)) // 2  # an odd window keeps its middle
+    reach = min(reach, max(grid) * side)  # which covers the map from anywhere in it
     for patches, (h, w) in zip(tokens.patches[layer], tokens.grids[layer]):
         both: Tensor = head(patches).reshape(h, w, side, side, 2)
         one = (both[..., 1] - both[..., 0]).transpose(1, 2).reshape(1, 1, h * side, w * side)

@@ -6,6 +6,7 @@ process.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,9 +39,18 @@ from rice_eval.protocols.online_head import (
     shared,
     world,
 )
-from rice_eval.protocols.online_infer import averaged_views, mean_colour, segment
+from rice_eval.protocols.online_infer import averaged_views, check_scales, mean_colour, segment
 from rice_eval.protocols.schedules import SCHEDULES, ScheduleName, schedule
-from rice_eval.protocols.segmentation import LAYER_SETS, LayerSet, Scorer, check_choice, checked_labels, layers_of
+from rice_eval.protocols.segmentation import (
+    LAYER_SETS,
+    LayerSet,
+    Scorer,
+    check_choice,
+    check_optimiser,
+    check_trained,
+    checked_labels,
+    layers_of,
+)
 from rice_eval.views import View
 
 __all__ = ["OnlineLinear", "evaluate_online", "score_online"]
@@ -128,6 +138,15 @@ class OnlineLinear(Protocol):
             raise ValueError("steps and batch are at least 1, and warmup is no longer than the training")
         if not 0 <= self.dropout < 1 or not 0 <= self.flip <= 1:
             raise ValueError("dropout is in [0, 1) and flip in [0, 1]")
+        check_optimiser((self.lr,), (self.wd,), self.betas)
+        check_scales(self.scales)
+        amounts = (self.warmup_ratio, self.power, self.brightness, self.contrast, self.saturation)
+        if not all(0 <= amount < math.inf for amount in amounts):
+            raise ValueError("warmup_ratio, power, brightness, contrast and saturation are 0 or more")
+        if not 0 <= self.hue <= 0.5 or not 0 < self.cat_max_ratio <= 1:
+            raise ValueError("hue is in [0, 0.5] and cat_max_ratio in (0, 1]")
+        if not 0 < self.ratios[0] <= self.ratios[1] < math.inf:
+            raise ValueError("ratios are above 0, the smaller one first")
 
     def layers(self, facts: EncoderFacts) -> tuple[int, ...]:
         """The layers of ``layer_set``."""
@@ -246,6 +265,7 @@ class OnlineLinear(Protocol):
                 checkpoint.save(
                     {"head": head.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1}, force=last
                 )
+        check_trained(self.id, *head.state_dict().values())
         return head.eval(), first
 
 

@@ -15,12 +15,22 @@ from rice_eval.datasets.base import Dataset
 from rice_eval.protocols.segmentation import label_map, scaled_logits
 from rice_eval.views import Frame, View
 
-__all__ = ["averaged_views", "mean_colour", "segment"]
+__all__ = ["averaged_views", "check_scales", "mean_colour", "segment"]
 
 IMAGES_AT_ONCE = 4
 """Images whose windows wait for one another: bounds memory."""
 WINDOWS_AT_ONCE = 16
 """Windows of one size in a forward."""
+
+
+LARGEST_SCALE = 100.0
+"""Of test-time augmentation; images beyond it fit no memory."""
+
+
+def check_scales(scales: Sequence[float]) -> None:
+    """ValueError unless there is a scale and an image can be tested at each."""
+    if not scales or not all(0 < scale <= LARGEST_SCALE for scale in scales):
+        raise ValueError(f"scales needs at least one value, each above 0 and at most {LARGEST_SCALE:g}")
 
 
 def mean_colour(mean: Sequence[float]) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -31,6 +32,8 @@ __all__ = [
     "Scorer",
     "TrainPass",
     "check_choice",
+    "check_optimiser",
+    "check_trained",
     "checked_labels",
     "held_out",
     "joined",
@@ -52,6 +55,28 @@ def check_choice(name: str, value: str, known: Sequence[str]) -> None:
     """ValueError (a usage error by ``configure``) unless ``value`` is one of ``known``."""
     if value not in known:
         raise ValueError(f"{name} '{value}' is not one of {', '.join(known)}")
+
+
+def check_optimiser(rates: Sequence[float], decays: Sequence[float], betas: Sequence[float] = (0.9, 0.999)) -> None:
+    """ValueError unless AdamW can take these."""
+    if not all(0 < rate < math.inf for rate in rates):
+        raise ValueError(f"learning rates are above 0, not {', '.join(f'{rate:g}' for rate in rates)}")
+    if not all(0 <= decay < math.inf for decay in decays):
+        raise ValueError(f"weight decays are 0 or more, not {', '.join(f'{decay:g}' for decay in decays)}")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas are in [0, 1), not {', '.join(f'{beta:g}' for beta in betas)}")
+
+
+def check_trained(what: str, *parameters: Tensor) -> None:
+    """Stop a run whose head is NaN or infinite: its argmax would be class 0 everywhere, and look like a score.
+
+    Raises:
+        PlanError: a parameter that is not finite.
+    """
+    if not all(bool(torch.isfinite(p).all()) for p in parameters):
+        raise PlanError(
+            f"protocol '{what}': training diverged, the head is not finite", "lower the learning rate (--set)"
+        )
 
 
 def layers_of(layer_set: LayerSet, facts: EncoderFacts) -> tuple[int, ...]:

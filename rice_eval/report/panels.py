@@ -358,9 +358,10 @@ def _typeset(image: Picture, text: Polygons, scale: NDArray[np.float64], color: 
     """Thin outlines; where there is a transcript it covers what the image has there, at its size and in its direction."""
     canvas = Pil.fromarray(image)
     draw = ImageDraw.Draw(canvas)
+    limit = 2.0 * max(canvas.size)  # a box far beyond the page must not ask for a picture of its own size
     for polygon, transcript in zip(text.polygons, text.texts, strict=True):
-        points = polygon * scale
-        if len(points) < 3:
+        points = np.clip(polygon * scale, -limit, limit)
+        if len(points) < 3 or not np.isfinite(points).all():
             continue
         outline = [(float(x), float(y)) for x, y in points]
         draw.polygon(outline, fill=(255, 255, 255) if transcript else None, outline=color, width=1)

@@ -336,6 +336,16 @@ def test_colour_mask_and_damaged_mask(root: Path) -> None:
         read("folder", "val", root).semantic(0)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_the_size_from_the_header_is_that_of_the_picture(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    written = io.BytesIO()
+    Image.new("RGB", (12, 8)).save(written, kind, exif=exif)
+    assert upright_size(io.BytesIO(written.getvalue()), "a") == decode_image(written.getvalue(), "a").shape[:2]
+
+
 def test_a_photo_with_damaged_exif_is_one_line() -> None:
     exif = Image.Exif()
     exif[0x010E], exif[0x0112] = "a photo", 6

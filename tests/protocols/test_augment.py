@@ -9,7 +9,7 @@ import pytest
 from PIL import Image as Pil
 
 from rice_eval.datasets.base import IGNORE
-from rice_eval.protocols.augment import AUGMENTS, Augment, colours, from_hsv, resize_labels, to_hsv
+from rice_eval.protocols.augment import AUGMENTS, Augment, _hued, colours, from_hsv, resize_labels, to_hsv
 
 BASE = Augment("mmseg", 40, (0.5, 2.0), 48, 0.75, 0.5, 32.0, 0.5, 0.5, 0.1, (10, 20, 30))
 
@@ -111,3 +111,9 @@ def test_every_colour_number_is_read(kind, name):
     other = dataclasses.replace(base, **{name: getattr(base, name) * 0.5})
     pairs = [[colours(a, image, np.random.default_rng(s)) for a in (base, other)] for s in range(12)]
     assert any(not np.array_equal(*pair) for pair in pairs)
+
+
+def test_no_hue_leaves_the_picture():
+    image = picture()[0]
+    for seed in range(12):
+        assert np.array_equal(_hued(image, 0.0, "mmseg", np.random.default_rng(seed)), image)

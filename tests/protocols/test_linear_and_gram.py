@@ -138,11 +138,20 @@ def test_bad_labels_are_one_line():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"layer_set": "first"}, {"steps": 0}, {"lrs": ()}, {"betas": (0.9,)}, {"holdout": 1.0}, {"warmup": 1.5}],
-)
+    [
+        {"layer_set": "first"}, {"steps": 0}, {"lrs": ()}, {"betas": (0.9,)}, {"holdout": 1.0}, {"warmup": 1.5},
+        {"lrs": "-1"}, {"lrs": "nan"}, {"wds": "-1"}, {"betas": "1,1"}, {"norm_eps": -1.0},
+    ],
+)  # fmt: skip
 def test_impossible_settings_are_refused(settings: dict):
     with pytest.raises(UsageError, match="linear"):
         configure(Linear, {"view": "square=28", **settings})
+
+
+def test_a_head_that_diverged_is_no_score():
+    protocol = Linear(view="square=28", lrs=(1e38,), wds=(0.0,), steps=20, batch=2)
+    with pytest.raises(PlanError, match="diverged"):
+        protocol.run(context_of(protocol, *train_and_test()))
 
 
 def test_held_out_is_a_partition():

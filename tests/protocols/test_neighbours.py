@@ -229,3 +229,11 @@ def test_sliding_views_are_refused(kind):
     protocol = kind(view="native,slide=7,crop=14", **SMALL[kind])
     with pytest.raises(PlanError, match="one window an image"):
         protocol.run(context_of(protocol, train, test, FakeEncoder()))
+
+
+@pytest.mark.parametrize("few", [{"k": 10**20}, {"ks": (10**20,), "metrics": ("l2",)}])
+def test_more_neighbours_than_keys_are_all_of_them(few):
+    kind = HummingbirdKnn if "k" in few else CapiKnn
+    protocol = kind(view=VIEW, **few)
+    train, test = FakeDataset("train", 4, 0), FakeDataset("test", 2, 1)
+    assert protocol.run(context_of(protocol, train, test)).statistics.point()["miou"] >= 0

@@ -327,6 +327,7 @@ def test_fine_tokens_are_averaged():
     fine, area = probability_map(head, tokens, 1, 0.0)
     assert area == pytest.approx(4)
     assert len(boxes_of(fine, 0.5, area / 2, 0.0)[0]) > 5
+    assert np.isfinite(probability_map(head, tokens, 1, 1e30)[0]).all()  # as wide as the map at most
     smooth, area = probability_map(head, tokens, 1, 6.0)
     assert area == pytest.approx(36)
     assert len(boxes_of(smooth, 0.4, area / 2, 0.0)[0]) == 1

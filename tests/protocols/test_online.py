@@ -100,8 +100,13 @@ def test_every_field_is_in_the_hash_and_read():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"tokens": "fp16"}, {"schedule": "step"}, {"side": "x"}, {"betas": "0.9"}, {"warmup": "9"}, {"dropout": 1.0}],
-)
+    [
+        {"tokens": "fp16"}, {"schedule": "step"}, {"side": "x"}, {"betas": "0.9"}, {"warmup": "9"}, {"dropout": 1.0},
+        {"lr": "nan"}, {"lr": -1}, {"wd": -1}, {"betas": "1,1"}, {"scales": "nan"}, {"scales": "inf"}, {"scales": "1e30"},
+        {"brightness": "nan"}, {"contrast": -1}, {"saturation": "inf"}, {"hue": "nan"}, {"hue": 1e30}, {"ratios": "2,1"},
+        {"power": "nan"}, {"warmup_ratio": -1}, {"cat_max_ratio": -1},
+    ],
+)  # fmt: skip
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(UsageError, match="dinov2-linear|view"):
         configure(Dinov2Linear, {"steps": 5, "warmup": 0, **settings})

@@ -150,3 +150,12 @@ def test_text_panel_draws_polygons() -> None:
     bare = text_panel("a", 0, image, Polygons((square,), ("",)), Polygons((square,), ("",)))
     assert bare.note == "1 true lines, 1 found"
     assert (bare.tiles[1].picture[:28] == 0).all()  # no label where there is no text
+
+
+def test_text_boxes_far_beyond_the_page_are_drawn_at_its_size():
+    page = np.zeros((50, 40, 3), dtype=np.uint8)
+    far = np.array([[-1e6, -1e6], [1e6, -1e6], [1e6, 1e6], [-1e6, 1e6]])
+    unknown = np.array([[np.nan, 5.0], [30.0, 5.0], [30.0, 9.0], [5.0, 9.0]])
+    text = Polygons((far, unknown) * 40, ("total 😀", "5.00") * 40)  # so many lines are a page
+    panel = text_panel("a", 0, page, text, text)
+    assert panel.tiles[1].picture.shape == page.shape
