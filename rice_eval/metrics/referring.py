@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from rice_eval.errors import DataError
 from rice_eval.metrics.coco_match import box_iou
+from rice_eval.metrics.runs import check_runs, decode_runs
 from rice_eval.metrics.statistics import RatioStatistics
 
 __all__ = ["box_accuracy", "mask_overlap", "read_mask_predictions"]
@@ -105,6 +106,8 @@ def read_mask_predictions(path: Path) -> dict[tuple[str, int], Masks | None]:
             if mask is not None:
                 height, width = (int(v) for v in mask["size"])
                 counts = mask["counts"]
+                # pycocotools would loop without end over two masks of which one has too few runs.
+                check_runs(counts if isinstance(counts, list) else decode_runs(counts), height, width)
                 if isinstance(counts, list):
                     from pycocotools import mask as coco_mask
 
