@@ -114,7 +114,7 @@ def read_mask_predictions(path: Path) -> dict[tuple[str, int], Masks | None]:
                     mask = coco_mask.frPyObjects(mask, height, width)
                 else:
                     mask = {"size": [height, width], "counts": str(counts).encode("ascii")}
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             fix = "a line is an object with image_id, ref_id and segmentation (COCO run lengths, or null)"
             raise DataError(f"{path}:{number}: malformed ({type(error).__name__}: {error})", fix) from error
         if key in out:

@@ -280,7 +280,7 @@ def test_voc_detection(tmp_path: Path) -> None:
         load_dataset("voc-detection", "trainval", root, {"year": "2012"})
     for number, (old, new, says) in enumerate(
         (("dog", "dragon", "named 'dragon'"), ("</annotation>", "", "not a VOC annotation"), ("<xmax>30", "<xmax>0", "corners"),
-         ("<xmin>1</xmin>", "", "corners"))
+         ("<xmin>1</xmin>", "", "corners"), ("<xmax>30", "<xmax>inf", "corners"))
     ):  # fmt: skip
         broken = write_voc(tmp_path / str(number), XML.replace(old, new, 1))
         with pytest.raises(DataError, match=says):
