@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from rice_eval.cards import Catalogue, TaskCard, catalogue
 from rice_eval.datasets import load_dataset
 from rice_eval.datasets.base import Dataset
 from rice_eval.datasets.subset import Subset
-from rice_eval.errors import PlanError, UsageError
+from rice_eval.errors import DataError, PlanError, UsageError
 from rice_eval.protocols.base import Protocol, configure
 from rice_eval.registry import protocols
 from rice_eval.views import View
@@ -165,6 +166,7 @@ def make_plan(
                 _check_pair(cards, encoder, task.card, protocol)
         for split in ("train", "test"):
             opened[(task.card.name, split)] = _open(task, split, chosen)
+        _check_things(opened[(task.card.name, "train")], opened[(task.card.name, "test")], chosen)
         jobs += [Job(encoder, task, protocol) for encoder in encoders for protocol in chosen]
     jobs.sort(key=lambda job: list(encoders).index(job.encoder))
     return Plan(tuple(jobs), opened, tuple(include))
@@ -223,6 +225,22 @@ def _check_view(view: View, patch: int, name: str) -> None:
     fix = f"--view {view.base}={nearest}" if view.base in ("square", "letterbox") else f"--view {view},pad=patch"
     raise PlanError(
         f"view '{view}' gives sides that are no multiple of the patch of '{name}' ({patch} px)", f"use {fix}"
+    )
+
+
+def _check_things(train: Dataset, test: Dataset, chosen: Sequence[Protocol]) -> None:
+    """Refuse splits that number other things where a protocol learns the numbers of one and is scored by those of the other."""
+    learnt = [
+        p for p in chosen if "instances" in p.needs and any(key.partition("/")[0] == "train" for key in p.views())
+    ]
+    if not learnt or train.things == test.things:
+        return
+    pairs = enumerate(zip_longest(train.things, test.things))
+    place, (first, second) = next((k, pair) for k, pair in pairs if pair[0] != pair[1])
+    raise DataError(
+        f"dataset '{train.name}': splits '{train.split}' and '{test.split}' have different classes "
+        f"({len(train.things)} and {len(test.things)}; class {place} is {first!r} in the one and {second!r} in the other)",
+        "list the same categories, with the same ids, in both annotation files",
     )
 
 

@@ -20,6 +20,7 @@ from rice_eval.datasets.coco_panoptic import image_folder
 from rice_eval.datasets.files import FileDataset, need_files, need_split
 from rice_eval.datasets.storage import Storage, open_storage
 from rice_eval.errors import DataError, MissingExtraError, UsageError
+from rice_eval.metrics.runs import check_runs, decode_runs
 
 __all__ = ["CocoDetection", "Federated", "Lvis", "coco", "coco_format", "lvis"]
 
@@ -73,7 +74,7 @@ class CocoDetection(FileDataset):
             self.image_keys = tuple(int(image["id"]) for image in images)
             sizes = [(int(image["height"]), int(image["width"])) for image in images]
             self._read(content["annotations"], label, masks)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DataError(
                 f"{label}: not a COCO annotation file ({type(error).__name__}: {error})",
                 "it needs images (id, file_name, height, width), categories (id, name) and annotations "
@@ -82,6 +83,9 @@ class CocoDetection(FileDataset):
         for what, ids in (("categories", self.category_ids), ("images", self.image_keys)):
             if len(set(ids)) != len(ids):
                 raise DataError(f"{label}: two {what} share an id", "give each its own id")
+        for key, (height, width) in zip(self.image_keys, sizes):
+            if height < 1 or width < 1:
+                raise DataError(f"{label}: image {key} has {width}x{height} pixels", "mend the entry")
         need_files(storage, paths, "image", layout)
         facts = {"masks": self._rings is not None, "categories": self.category_ids}
         super().__init__(name, split, storage, paths, annotations=[source], facts=facts, sizes=sizes)
@@ -111,7 +115,16 @@ class CocoDetection(FileDataset):
         sorted_ = [annotations[i] for i in order]
         counts = np.bincount(owners, minlength=len(place))
         self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self._area = np.array([a.get("area", a["bbox"][2] * a["bbox"][3]) for a in sorted_], dtype=np.float64)
+        stated = [a.get("area") for a in sorted_]
+        areas = [a["bbox"][2] * a["bbox"][3] if area is None else area for a, area in zip(sorted_, stated)]
+        self._area = np.array(areas, dtype=np.float64)
+        wrong = ~(self._area >= 0)  # NaN too, which every range of areas would count
+        if wrong.any():
+            entry = sorted_[int(np.argmax(wrong))]
+            raise DataError(
+                f"{label}: annotation {entry['id']} has the area {entry['area']}",
+                "an area is zero or more square pixels",
+            )
         boxes[:, 2:] += boxes[:, :2]
         self._boxes, self._labels = boxes[order], labels[order]
         self._crowd = np.array([bool(a.get("iscrowd", 0)) for a in sorted_], dtype=np.bool_)
@@ -164,8 +177,10 @@ def _compact(segmentation: Any) -> Any:
 def encode(segmentation: Any, height: int, width: int, label: str) -> Mapping[str, Any]:
     """Polygons, or run lengths of any kind, as COCO's compressed run lengths, by pycocotools.
 
+    All is looked at before: pycocotools loops without end over a mask whose runs are too few, and crashes on points far away.
+
     Raises:
-        DataError: a polygon of fewer than three points, or run lengths of another size.
+        DataError: a polygon that is none, or run lengths of another size, or that don't fill it.
     """
     from pycocotools import mask as coco_mask
 
@@ -174,13 +189,24 @@ def encode(segmentation: Any, height: int, width: int, label: str) -> Mapping[st
             raise DataError(
                 f"{label}: its mask is {segmentation.get('size')}, its image {[height, width]}", "mend the annotation"
             )
-        if isinstance(segmentation["counts"], list):
+        counts = segmentation.get("counts")
+        try:
+            runs = counts if isinstance(counts, list) else decode_runs(counts)
+            check_runs(runs, height, width)
+        except ValueError as error:
+            raise DataError(f"{label}: malformed run lengths ({error})", "mend the annotation") from error
+        if isinstance(counts, list):
             return dict(coco_mask.frPyObjects(segmentation, height, width))
-        counts = segmentation["counts"]
         return {"size": [height, width], "counts": counts.encode() if isinstance(counts, str) else counts}
-    if any(len(ring) < 6 or len(ring) % 2 for ring in segmentation):
+    if any(ring.ndim != 1 or len(ring) < 6 or len(ring) % 2 for ring in segmentation):
         raise DataError(f"{label}: a polygon of fewer than three points", "mend or remove the polygon")
+    if not all((np.abs(ring) < FARTHEST).all() for ring in segmentation):
+        raise DataError(f"{label}: a polygon with a point that is no place in a picture", "mend or remove the polygon")
     return dict(coco_mask.merge(coco_mask.frPyObjects([ring.tolist() for ring in segmentation], height, width)))
+
+
+FARTHEST = 1e6
+"""Pixels from the image's corner; pycocotools walks along the edges of a polygon in fifths of a pixel, in 32 bits."""
 
 
 def _content(storage: Storage, source: str) -> tuple[Any, list[Mapping[str, Any]]]:

@@ -182,7 +182,7 @@ class VocDetection(FileDataset):
                 name = (thing.findtext("name") or "").strip()
                 if name not in self.things:
                     raise DataError(f"{label}: an object named '{name}'", f"names are: {', '.join(self.things)}")
-                if not (box[0] <= box[2] and box[1] <= box[3]):
+                if not (np.isfinite(box).all() and box[0] <= box[2] and box[1] <= box[3]):
                     raise DataError(f"{label}: '{name}' has the corners {box}", "mend the annotation")
                 difficult = (thing.findtext("difficult") or "0").strip() == "1"
                 rows.append((box[0] - 1, box[1] - 1, box[2], box[3], self.things.index(name), difficult))

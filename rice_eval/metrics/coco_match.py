@@ -2,13 +2,14 @@
 
 The rule is ``pycocotools``' ``COCOeval.evaluateImg``: detections in order of score; each takes the free target of highest IoU
 at or above the threshold, one that counts before one that is ignored, the later of two at the same IoU; crowds can be taken
-many times. LVIS (``lvis/eval.py``) has the same rule without crowds, on the classes that were checked in the image.
+many times. LVIS (``lvis/eval.py``) has the same rule without crowds, on the classes that were checked in the image, and of
+targets and detections that have an area.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,15 +69,23 @@ class Groups:
         """Group a set; see ``ap_statistics`` for the arguments."""
         for image, (t, f) in enumerate(zip(truth, found)):
             _check(image, t, f, kind)
+        if rule == "lvis":
+            truth = [_with_area(t) for t in truth]
         d, t_ = _flat(found), _flat(truth)
         for rows in (d, t_):
             if len(rows.label) and (rows.label.min() < 0 or rows.label.max() >= classes):
                 bad = int(rows.image[np.flatnonzero((rows.label < 0) | (rows.label >= classes))[0]])
                 raise ValueError(f"image {bad}: a label lies outside the {classes} classes")
         score = _joined([np.asarray(f.scores, np.float64) for f in found], np.float64)
+        if kind == "segm":
+            areas = _mask_areas(found)
+        else:
+            size = d.box[:, 2:] - d.box[:, :2]
+            areas = size[:, 0] * size[:, 1]
         keep = np.arange(len(score))
         if rule == "lvis":
             keep = _checked(truth, d, score, classes, limit)
+            keep = keep[areas[keep] > 0]
         # Stable: equal scores stay in the order they were given, as pycocotools' mergesort leaves them.
         order = keep[np.lexsort((-score[keep], d.label[keep], d.image[keep]))]
         key = d.image[order] * classes + d.label[order]
@@ -94,17 +103,14 @@ class Groups:
         d_boxes, t_boxes = d.box[order], t_.box[t_order]
         if kind == "segm":
             ious = _mask_ious(truth, found, spans, d, t_, order, t_order, crowd)
-            areas = _mask_areas(found)[order]
         else:
             ious = _box_ious(d_boxes, t_boxes, crowd, spans)
-            size = d_boxes[:, 2:] - d_boxes[:, :2]
-            areas = size[:, 0] * size[:, 1]
         return cls(
             d.image[order],
             d.label[order],
             score[order],
             rank,
-            areas,
+            areas[order],
             np.isin(key, np.fromiter(partly, np.int64, len(partly))) if partly else np.zeros(len(key), bool),
             t_.image[t_order],
             t_.label[t_order],
@@ -164,6 +170,16 @@ def _ranks(key: Ints) -> Ints:
     starts = np.flatnonzero(np.diff(key, prepend=-1))
     lengths = np.diff(np.append(starts, len(key)))
     return np.arange(len(key)) - np.repeat(starts, lengths)
+
+
+def _with_area(truth: Truth) -> Truth:
+    """LVIS: targets without area are left out (``LVIS.get_ann_ids`` asks for more than zero), so that they don't check their class."""
+    keep = np.flatnonzero(np.asarray(truth.area) > 0)
+    if len(keep) == len(truth.area):
+        return truth
+    masks = None if truth.masks is None else [truth.masks[k] for k in keep.tolist()]
+    rows = {name: getattr(truth, name)[keep] for name in ("boxes", "labels", "crowd", "area")}
+    return replace(truth, masks=masks, **rows)
 
 
 def _checked(truth: Sequence[Truth], rows: _Rows, score: Floats, classes: int, limit: int) -> Ints:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from rice_eval.errors import DataError
 from rice_eval.metrics.coco_match import box_iou
+from rice_eval.metrics.runs import check_runs, decode_runs
 from rice_eval.metrics.statistics import RatioStatistics
 
 __all__ = ["box_accuracy", "mask_overlap", "read_mask_predictions"]
@@ -105,13 +106,15 @@ def read_mask_predictions(path: Path) -> dict[tuple[str, int], Masks | None]:
             if mask is not None:
                 height, width = (int(v) for v in mask["size"])
                 counts = mask["counts"]
+                # pycocotools would loop without end over two masks of which one has too few runs.
+                check_runs(counts if isinstance(counts, list) else decode_runs(counts), height, width)
                 if isinstance(counts, list):
                     from pycocotools import mask as coco_mask
 
                     mask = coco_mask.frPyObjects(mask, height, width)
                 else:
                     mask = {"size": [height, width], "counts": str(counts).encode("ascii")}
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             fix = "a line is an object with image_id, ref_id and segmentation (COCO run lengths, or null)"
             raise DataError(f"{path}:{number}: malformed ({type(error).__name__}: {error})", fix) from error
         if key in out:

@@ -88,12 +88,12 @@ def read_proposals(path: str, dataset: Dataset, most: int) -> dict[str, Candidat
                 continue  # of an image that this split, or this part of it, leaves out
             x, y, w, h = (float(v) for v in entry["bbox"])
             score = float(entry.get("score", 1.0))
-            if not (np.isfinite([x, y, w, h]).all() and 0 <= score <= 1):
+            if not (np.isfinite([x, y, w, h]).all() and min(w, h) >= 0 and 0 <= score <= 1):
                 raise ValueError(f"box {entry['bbox']}, score {score}")
             mine = rows.setdefault(name, {})
             key = (x, y, x + w, y + h)
             mine[key] = max(score, mine.get(key, 0.0))
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{path}: not a file of proposals ({type(error).__name__}: {error})",
             "it is a JSON list of objects with image_id, bbox [x, y, width, height] and score from 0 to 1",

@@ -140,6 +140,10 @@ def _changed(index: int, **change: Any) -> list[dict[str, Any]]:
         ({"annotations": _changed(0, segmentation=[])}, "1 of 3 annotations have no segmentation"),
         ({"annotations": [{"id": 1}]}, "not a COCO annotation file"),
         ({"categories": [{"id": 3, "name": "x"}, {"id": 3, "name": "y"}]}, "two categories share an id|category 7"),
+        ({"annotations": _changed(0, id=10**30)}, "not a COCO annotation file"),
+        ({"annotations": _changed(0, area=float("nan"))}, "annotation 1 has the area nan"),
+        ({"annotations": _changed(0, area=-1)}, "annotation 1 has the area -1"),
+        ({"images": [{**image, "width": -5} for image in content()["images"]]}, "has -5x"),
         ({"images": []}, "image 30|no image"),
         ({"images": None}, "not a COCO annotation file"),
         ({"images": [{"id": 10, "height": 3, "width": 3}]}, "no file_name"),
@@ -160,6 +164,35 @@ def test_malformed_masks_are_named(tmp_path: Path) -> None:
     root = write_coco(tmp_path / "b", annotations=_changed(1, segmentation={"size": [3, 3], "counts": [9]}))
     with pytest.raises(DataError, match=r"annotation 2: its mask is \[3, 3\]"):
         load_dataset("coco", "val2017", root).instances(0)
+
+
+# Before they were refused these hung, crashed the interpreter, or ended in a stack trace of pycocotools.
+@pytest.mark.parametrize(
+    ("segmentation", "says"),
+    [
+        ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], "a polygon of fewer than three points"),
+        ([[float("nan"), 2, 3, 4, 5, 6]], "no place in a picture"),
+        ([[-1e9, -1e9, 1e9, 0, 5, 1e9]], "no place in a picture"),
+        ({"size": [H, W]}, "counts are NoneType"),
+        ({"size": [H, W], "counts": [10, 20, 5]}, f"sum to 35, its image has {H * W} pixels"),
+        ({"size": [H, W], "counts": [10, -20, H * W + 10]}, "a whole number of zero or more"),
+        ({"size": [H, W], "counts": "hello"}, "cut off"),
+        ({"size": [H, W], "counts": "hello wörld"}, "the byte"),
+    ],
+)
+def test_masks_that_pycocotools_would_choke_on(tmp_path: Path, segmentation: Any, says: str) -> None:
+    pytest.importorskip("pycocotools")
+    root = write_coco(tmp_path, annotations=_changed(0, segmentation=segmentation))
+    with pytest.raises(DataError, match=f"annotation 1: .*{says}") as caught:
+        load_dataset("coco", "val2017", root).instances(2)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_area_of_null_is_that_of_the_box(tmp_path: Path) -> None:
+    data = load_dataset("coco", "val2017", write_coco(tmp_path, annotations=_changed(0, area=None)), {"masks": False})
+    found = data.instances(2)
+    row = found.ids.tolist().index(1)
+    assert found.area[row] == np.prod(found.boxes[row, 2:] - found.boxes[row, :2])
 
 
 def test_an_exif_rotated_photo_is_an_error_by_line(tmp_path: Path) -> None:
@@ -247,7 +280,7 @@ def test_voc_detection(tmp_path: Path) -> None:
         load_dataset("voc-detection", "trainval", root, {"year": "2012"})
     for number, (old, new, says) in enumerate(
         (("dog", "dragon", "named 'dragon'"), ("</annotation>", "", "not a VOC annotation"), ("<xmax>30", "<xmax>0", "corners"),
-         ("<xmin>1</xmin>", "", "corners"))
+         ("<xmin>1</xmin>", "", "corners"), ("<xmax>30", "<xmax>inf", "corners"))
     ):  # fmt: skip
         broken = write_voc(tmp_path / str(number), XML.replace(old, new, 1))
         with pytest.raises(DataError, match=says):

@@ -167,8 +167,9 @@ def test_bad_input_is_refused():
         ours(truth, [Found(np.zeros((1, 4)), np.ones(1), np.ones(1, int))], 1)
 
 
+@pytest.mark.parametrize("flat", [0.0, 0.3], ids=["solid", "some without area"])
 @pytest.mark.parametrize("seed", range(4))
-def test_lvis_numbers_equal_the_lvis_package(seed, tmp_path, monkeypatch):
+def test_lvis_numbers_equal_the_lvis_package(seed, flat, tmp_path, monkeypatch):
     monkeypatch.setattr(np, "float", float, raising=False)  # the package was written for an older numpy
     lvis = pytest.importorskip("lvis", reason="the lvis package is the reference")
     import json
@@ -176,6 +177,11 @@ def test_lvis_numbers_equal_the_lvis_package(seed, tmp_path, monkeypatch):
     rng = np.random.default_rng(seed)
     classes = 6
     truth, found = random_set(seed, images=10, classes=classes, crowds=False)
+    for t, f in zip(truth, found):
+        for boxes in (t.boxes, f.boxes):
+            thin = rng.random(len(boxes)) < flat
+            boxes[thin, 2] = boxes[thin, 0]
+        t.area[t.boxes[:, 2] == t.boxes[:, 0]] = 0.0
     frequency = ["r", "c", "f", "f", "c", "r"]
     images, anns, dets, federated = [], [], [], []
     for i, (t, f) in enumerate(zip(truth, found), 1):

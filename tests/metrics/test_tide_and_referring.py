@@ -129,7 +129,10 @@ def test_masks_of_expressions_equal_plain_pixels(tmp_path):
     union = [(f | t).sum() for f, t in zip(found, truth)]
     assert mine["ciou"] == pytest.approx(100 * sum(both) / sum(union))
     assert mine["giou"] == pytest.approx(100 * np.mean([b / u if u else 1.0 for b, u in zip(both, union)]))
-    for line, match in (('{"image_id": 1}', ":8: malformed"), (file.read_text().splitlines()[0], ":8: .* twice")):
+    short = '{"image_id": "x", "ref_id": 9, "segmentation": {"size": [9, 7], "counts": [10, 20, 5]}}'
+    endless = '{"image_id": "x", "ref_id": 1e400, "segmentation": null}'
+    wrong = ((endless, ":8: malformed"), ('{"image_id": 1}', ":8: malformed"), (short, ":8: malformed .*sum to 35"))
+    for line, match in (*wrong, (file.read_text().splitlines()[0], ":8: .* twice")):
         bad = tmp_path / "bad.jsonl"
         bad.write_text(file.read_text() + line + "\n")
         with pytest.raises(DataError, match=match):

@@ -178,7 +178,17 @@ def test_the_hash_holds_what_the_file_holds(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["{}", "[1]", '[{"image_id": "x"}]', "no", '[{"image_id": "test000", "bbox": [0, 0, 1, 1], "score": 7}]']
+    "text",
+    [
+        "{}",
+        "[1]",
+        "[" * 99999,
+        '[{"image_id": "test000", "bbox": [5, 5, -1, 1]}]',
+        '[{"image_id": "x"}]',
+        "no",
+        '[{"image_id": "test000", "bbox": [0, 0, 1, 1], "score": 7}]',
+    ],
+    ids=["object", "number", "deep", "negative", "no box", "no json", "score"],
 )
 def test_a_broken_file_is_named(tmp_path, text):
     file = tmp_path / "bad.json"
