@@ -37,6 +37,11 @@ from rice_eval.views import Frame
 __all__ = ["CascadeMaskRcnnFrozen", "MaskRcnnFrozen", "RiceDetection"]
 
 
+def _grows(part: str) -> bool:
+    """Losses of boxes, and of the stages behind the first: proposals come to overlap targets by what those ask for, and then count."""
+    return part.startswith("box") or part in ("class1", "class2")
+
+
 @dataclass(frozen=True)
 class _TwoStage(DetectionProtocol):
     """Proposals, box stages and masks on a pyramid over a frozen layer. Boxes are regressed for all classes at once.
@@ -113,7 +118,7 @@ class _TwoStage(DetectionProtocol):
             statistics = BoxMaskStatistics(scorer.statistics(), scorer.statistics("segm"))
         return Outcome(
             statistics=statistics,
-            chosen={"layer": layer, "lr": self.lr, "losses": log.tenths()},
+            chosen={"layer": layer, "lr": self.lr, "losses": log.tenths(), "loss_parts": log.parts()},
             layers=(layer,),
             heads=(Head({"layer": layer, "lr": self.lr}, None),),
             seconds={
@@ -144,7 +149,7 @@ class _TwoStage(DetectionProtocol):
         advance = context.progress("train", self.steps)
         model = self._model(context, moments).to(context.device).train()
         optimiser = torch.optim.AdamW(decayed(model, self.wd), lr=self.lr, betas=(self.betas[0], self.betas[1]))
-        log = LossLog()
+        log = LossLog(_grows)
         warmup = round(self.warmup * self.steps)
         # Boxes are sampled at random: from the seed, and without touching the caller's generator.
         with torch.random.fork_rng(devices=[context.device] if context.device.type == "cuda" else []):
@@ -154,15 +159,19 @@ class _TwoStage(DetectionProtocol):
                     group["lr"] = self.lr * warmup_cosine(step, self.steps, warmup)
                 optimiser.zero_grad()
                 whole = 0.0
+                parts: dict[str, float] = {}
                 for same in by_grid(samples, layer):
                     wanted = [_wanted(s, layer, context.device) for s in same]
                     losses = model.losses(maps_of(same, layer, context.device), wanted)
-                    loss = torch.stack(list(losses.values())).sum() * (len(same) / len(samples))
+                    share = len(same) / len(samples)
+                    loss = torch.stack(list(losses.values())).sum() * share
                     loss.backward()  # type: ignore[no-untyped-call]
                     whole += float(loss.detach())
+                    for name, value in losses.items():
+                        parts[name] = parts.get(name, 0.0) + float(value.detach()) * share
                 torch.nn.utils.clip_grad_norm_(model.parameters(), self.clip_norm)
                 optimiser.step()
-                log.add(whole)
+                log.add(whole, parts)
                 advance(1)
         return model.eval(), log
 

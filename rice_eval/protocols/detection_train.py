@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,26 +15,44 @@ __all__ = ["LossLog", "by_grid", "decayed", "maps_of", "moments_of"]
 
 
 class LossLog:
-    """Losses of every step, kept as ten means over tenths of the training."""
+    """Losses of every step, and the parts they are sums of, kept as ten means over tenths of the training.
 
-    def __init__(self) -> None:
+    Args:
+        grows: parts that rise while a detector learns, because more boxes come to count in them; what is left is what has to
+            fall. None by default.
+    """
+
+    def __init__(self, grows: Callable[[str], bool] = lambda part: False) -> None:
         self._values: list[float] = []
+        self._parts: dict[str, list[float]] = {}
+        self._grows = grows
 
-    def add(self, loss: float) -> None:
-        """Take in one step's loss."""
+    def add(self, loss: float, parts: Mapping[str, float] | None = None) -> None:
+        """Take in one step's loss, and its parts, the same ones in every step."""
         self._values.append(loss)
+        for name, value in (parts or {}).items():
+            self._parts.setdefault(name, []).append(value)
 
     def tenths(self) -> list[float]:
         """At most ten means, first to last."""
-        parts = np.array_split(np.array(self._values), min(10, max(1, len(self._values))))
-        return [round(float(p.mean()), 5) for p in parts if len(p)]
+        return _tenths(self._values)
+
+    def parts(self) -> dict[str, list[float]]:
+        """The same of every part."""
+        return {name: _tenths(values) for name, values in self._parts.items()}
 
     def warnings(self) -> tuple[str, ...]:
         """One line where the losses did not fall, or are not finite."""
-        marks = self.tenths()
+        steady = [values for name, values in self._parts.items() if not self._grows(name)]
+        marks = _tenths([sum(step) for step in zip(*steady)]) if steady else self.tenths()
         if len(marks) > 1 and not marks[-1] < marks[0]:
             return (f"the training loss did not fall ({marks[0]:.3f} to {marks[-1]:.3f})",)
         return ()
+
+
+def _tenths(values: Sequence[float]) -> list[float]:
+    parts = np.array_split(np.array(values), min(10, max(1, len(values))))
+    return [round(float(p.mean()), 5) for p in parts if len(p)]
 
 
 def moments_of(passes: Sequence[TrainBoxes], layer: int, with_held: bool) -> Moments:

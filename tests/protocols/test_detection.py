@@ -20,6 +20,7 @@ from rice_eval.metrics.coco import ApStatistics
 from rice_eval.protocols.base import configure
 from rice_eval.protocols.detection import frame_targets, to_image
 from rice_eval.protocols.detection_fcos import FcosLinear, FcosSfp
+from rice_eval.protocols.detection_train import LossLog
 from rice_eval.views import View
 
 
@@ -239,3 +240,18 @@ def test_predictions_are_written_as_coco_results_with_their_errors(tmp_path):
     assert [x, y, x + w, y + h] == pytest.approx(found.boxes[0].tolist())
     errors = json.loads((tmp_path / "errors.json").read_text())
     assert errors["ap50"] == pytest.approx(outcome.statistics.point()["ap50"])
+
+
+def test_losses_that_grow_by_nature_are_no_warning() -> None:
+    log = LossLog(lambda part: part == "box")
+    for step in range(20):
+        log.add(5 + 0.1 * step, {"class": 3 - 0.1 * step, "box": 2 + 0.2 * step})
+    assert log.tenths() == sorted(log.tenths())
+    assert log.parts()["class"] == pytest.approx([2.95 - 0.2 * k for k in range(10)])
+    assert log.warnings() == ()
+    log.add(50, {"class": 90, "box": 0})
+    assert "did not fall" in log.warnings()[0]
+    plain = LossLog()
+    for loss in (1.0, 2.0):
+        plain.add(loss)
+    assert plain.warnings() == ("the training loss did not fall (1.000 to 2.000)",)
