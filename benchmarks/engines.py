@@ -229,9 +229,10 @@ def ablations(out: Path, coco: Path, steps: int, batch: int, found: dict[str, An
                 out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     ends, long = (next(iter(STEPS_BETWEEN)), list(STEPS_BETWEEN)[-1]), found.setdefault("long", {})
     for name in ("coco", "scenes"):
-        for encoder in COMPARED:
+        for encoder in ENCODERS:
             if f"{name}/{encoder}" not in long:
-                long[f"{name}/{encoder}"] = ablation(encoder, task(name, coco), LONG * steps, batch, LONG_SEEDS, ends)
+                rows = ends if encoder in COMPARED else ends[:1]
+                long[f"{name}/{encoder}"] = ablation(encoder, task(name, coco), LONG * steps, batch, LONG_SEEDS, rows)
                 print("long", name, encoder, long[f"{name}/{encoder}"], flush=True)
                 out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
 
@@ -271,6 +272,10 @@ def table(found: dict[str, Any]) -> str:
             lines.append(f"| {encoder} | {' | '.join(cells)} |")
         if len(ranks["online"]) == len(ranks["gram-lda"]) > 1:
             lines.append(f"\nKendall's tau of gram-lda and online: {kendall(ranks['online'], ranks['gram-lda']):.2f}")
+        long = [found.get("long", {}).get(f"{name}/{encoder}", {}).get("online-none") for encoder in ENCODERS]
+        if all(long) and len(ranks["gram-lda"]) == len(long):
+            tau = kendall([statistics.mean(values) for values in long if values], ranks["gram-lda"])
+            lines.append(f"Kendall's tau of gram-lda and online-none, {LONG} x the steps: {tau:.2f}")
     lines += ["", f"| ablation | {' | '.join(STEPS_BETWEEN)} |", "|---" * (len(STEPS_BETWEEN) + 1) + "|"]
     for title, held in (("", found.get("ablation", {})), (f", {LONG} x the steps", found.get("long", {}))):
         for key, parts in sorted(held.items()):
