@@ -13,7 +13,6 @@ from rice_eval.datasets.base import IGNORE, Dataset, DatasetOptions, check_optio
 from rice_eval.datasets.rasters import IMAGES, colour_map
 from rice_eval.datasets.segmentation import MaskDataset, pair
 from rice_eval.datasets.storage import Storage, open_storage
-from rice_eval.datasets.voc import read_list
 from rice_eval.errors import DataError, UsageError
 
 __all__ = ["FolderOptions", "factory"]
@@ -56,6 +55,8 @@ def read_names(storage: Storage, split: str) -> tuple[str, dict[int, str]]:
     else:
         content = storage.json(source)
     try:
+        if isinstance(content, str):
+            raise TypeError(f"it is the text '{content}'")
         pairs = content.items() if isinstance(content, dict) else enumerate(content)
         names = {int(value): name for value, name in pairs}
     except (TypeError, ValueError) as error:
@@ -106,13 +107,23 @@ def factory(split: str, data: Path | None, options: Mapping[str, Any]) -> Datase
 
 
 def _listed(storage: Storage, where: str, listing: str) -> list[str]:
-    """Image files, relative to ``where``, of the stems or file names in a list."""
+    """Image files, relative to ``where``, of a list with a stem or a file name a line, which may hold spaces; where there is
+    no such file, a line's first word counts, as in the image sets of VOC.
+
+    Raises:
+        DataError: a line names no image, or one that an earlier line named; or there is no line.
+    """
     files = storage.walk(where, IMAGES)
     known = {**{posixpath.splitext(name)[0]: name for name in files}, **{name: name for name in files}}
-    found = []
-    for key in read_list(storage, listing):
-        name = known.get(key)
+    found: dict[str, None] = {}
+    for _, line in storage.lines(listing):
+        key = line.strip()
+        name = known.get(key) or known.get(key.split()[0])
         if name is None:
             raise DataError(f"{storage.label(listing)}: lists {key}, which is not in {where}/", "mend the list")
-        found.append(name)
-    return found
+        if name in found:
+            raise DataError(f"{storage.label(listing)}: lists {key} twice", "remove the second line")
+        found[name] = None
+    if not found:
+        raise DataError(f"{storage.label(listing)}: lists no image", "fetch the file again")
+    return list(found)

@@ -8,6 +8,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
+from rice_eval.datasets.archives import DAMAGE
 from rice_eval.datasets.base import undecoded
 from rice_eval.errors import DataError
 
@@ -42,7 +43,8 @@ def upright_size(stream: IO[bytes], label: str) -> tuple[int, int]:
             if isinstance(opened, TiffImageFile):
                 # Pillow may or may not have turned the size of a TIFF already: the tags say how it is stored.
                 width, height = int(opened.tag_v2[_WIDTH]), int(opened.tag_v2[_LENGTH])
-    except (OSError, SyntaxError, ValueError, Pil.DecompressionBombError) as error:
+    except (*DAMAGE, SyntaxError, ValueError, Pil.DecompressionBombError) as error:
+        # The stream may be a member of a zip, which raises as it is read.
         raise DataError(f"{label}: can't be decoded ({undecoded(error)})", "replace the file") from error
     return (width, height) if turned else (height, width)
 

@@ -89,7 +89,7 @@ class MaskDataset(FileDataset):
                 f"{size[1]}x{size[0]}{turned}",
                 fix,
             )
-        inside = values < len(self._table)
+        inside = (values >= 0) & (values < len(self._table))
         labels: Labels = self._table[np.where(inside, values, 0)]
         bad = ~inside | (labels == UNKNOWN)
         if bad.any():

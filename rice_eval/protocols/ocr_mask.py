@@ -166,18 +166,21 @@ def _rows(boxes: Sequence[tuple[int, int, int, int]], join: float, grow: float) 
             leader[k] = k = leader[leader[k]]
         return k
 
-    order = sorted(range(len(boxes)), key=lambda k: boxes[k][0])
-    for place, i in enumerate(order):
-        _, top, right, bottom = boxes[i]
-        high = bottom - top
-        for j in order[place + 1 :]:
-            left, other_top, _, other_bottom = boxes[j]
-            other = other_bottom - other_top
-            low = min(high, other)
-            shared = min(bottom, other_bottom) - max(top, other_top)
-            gap = left - right - grow * (high + other)
-            if shared > 0.5 * low and max(high, other) < 2 * low and gap <= join * low * (1 + 2 * grow):
-                leader[lead(j)] = lead(i)
+    corners = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    order = np.argsort(corners[:, 0], kind="stable")
+    left, top, right, bottom = corners[order].T
+    high = bottom - top
+    # A part that is less than twice as high and begins past this is too far away: of a map full of specks few pairs are left.
+    reach = right + (3 * grow + join * (1 + 2 * grow)) * high
+    ends = np.searchsorted(left, reach, side="right")
+    for place, end in enumerate(ends):
+        rest = slice(place + 1, max(int(end), place + 1))
+        low = np.minimum(high[place], high[rest])
+        shared = np.minimum(bottom[place], bottom[rest]) - np.maximum(top[place], top[rest])
+        gap = left[rest] - right[place] - grow * (high[place] + high[rest])
+        alike = (shared > 0.5 * low) & (np.maximum(high[place], high[rest]) < 2 * low)
+        for other in np.flatnonzero(alike & (gap <= join * low * (1 + 2 * grow))):
+            leader[lead(int(order[place + 1 + other]))] = lead(int(order[place]))
     rows: dict[int, list[int]] = {}
     for k in range(len(boxes)):
         rows.setdefault(lead(k), []).append(k)

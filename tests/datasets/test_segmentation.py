@@ -288,6 +288,28 @@ def test_label_outside_the_range(root: Path, value: int) -> None:
         read("folder", "val", root).semantic(0)
 
 
+def test_negative_values_are_out_of_range(root: Path) -> None:
+    for name in ("a", "deep/b"):
+        (root / "masks" / "val" / f"{name}.png").unlink()
+        Image.fromarray(np.full((H, W), -1, dtype=np.int32)).save(root / "masks" / "val" / f"{name}.tif")
+    with pytest.raises(DataError, match=r"value -1 \(24 pixels out of range\)"):
+        read("folder", "val", root, mask_suffix=".tif").semantic(0)
+
+
+def test_a_photo_in_a_damaged_part_of_a_zip(root: Path, tmp_path: Path) -> None:
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(root.rglob("*.*")):
+            archive.write(file, file.relative_to(root).as_posix())
+        info = archive.getinfo("images/val/a.png")
+    content = bytearray(path.read_bytes())
+    start = info.header_offset + 30 + len(info.filename)
+    content[start : start + 8] = bytes(b ^ 255 for b in content[start : start + 8])
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="images/val/a.png: can't be decoded"):
+        read("folder", "val", path).size(0)
+
+
 def test_16_bit_palette_and_low_depth_maps_hold_indices(root: Path) -> None:
     target = root / "masks" / "val" / "a.png"
     data = read("folder", "val", root)
@@ -412,6 +434,7 @@ def test_a_mask_without_its_image(root: Path) -> None:
     [
         ("[", "not valid JSON"),
         ("3", "neither a list of names"),
+        ('"road"', "neither a list of names"),
         ('{"a": "road"}', "neither a list of names"),
         ('["road", "road"]', "two classes are named 'road'"),
         ('["road", ""]', "needs one name a class"),
@@ -441,6 +464,24 @@ def test_names_with_gaps_other_ignore_values_and_lists(root: Path) -> None:
     (root / "some.txt").write_text("c\n")
     with pytest.raises(DataError, match="lists c, which is not in images/"):
         read("folder", "some", root)
+
+
+def test_lists_of_names_with_spaces(root: Path) -> None:
+    for name in ("straße 1", "straße 2", "c"):
+        picture(root / "images" / f"{name}.jpg")
+        index_map(root / "masks" / f"{name}.png", filled(0))
+    listing = root / "some.txt"
+    listing.write_text("straße 2\nstraße 1.jpg\nc 1\n", encoding="utf-8")
+    data = read("folder", "some", root)
+    assert [data.image_id(i) for i in range(len(data))] == ["straße 2", "straße 1", "c"]
+    for text, says in (
+        ("c\nc.jpg\n", "lists c.jpg twice"),
+        ("straße\n", "lists straße, which"),
+        ("\n", "lists no image"),
+    ):
+        listing.write_text(text, encoding="utf-8")
+        with pytest.raises(DataError, match=says):
+            read("folder", "some", root)
 
 
 def test_unknown_splits_say_what_there_is(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from rice_eval.protocols.base import Context, configure
 from rice_eval.protocols.ocr import CtcLinear
 from rice_eval.protocols.ocr_attention import AttnProbe
 from rice_eval.protocols.ocr_lines import Charset, group_names, unspellable
-from rice_eval.protocols.ocr_mask import TextMask, boxes_of, probability_map, text_labels
+from rice_eval.protocols.ocr_mask import TextMask, _rows, boxes_of, probability_map, text_labels
 from rice_eval.protocols.ocr_pages import PageScorer, ReadPage, reading_order
 from rice_eval.registry import protocols
 from rice_eval.views import View
@@ -217,6 +218,37 @@ def test_boxes_of_a_map():
     assert np.allclose(polygons[0], [(10, 5), (40, 5), (40, 11), (10, 11)])
     grown, _ = boxes_of(probability, 0.5, 4, 0.5)
     assert np.allclose(grown[0], [(7, 2), (43, 2), (43, 14), (7, 14)])
+
+
+@pytest.mark.parametrize(("join", "grow"), [(0.7, 0.25), (2.0, 0.0), (0.3, 1.0)])
+def test_rows_of_many_parts_are_those_of_all_pairs(join: float, grow: float):
+    rng = np.random.default_rng(7)
+    corners = rng.integers(0, 90, (120, 2))
+    boxes = [(int(x), int(y), int(x + w), int(y + h)) for (x, y), (w, h) in zip(corners, rng.integers(1, 9, (120, 2)))]
+    near = np.eye(len(boxes), dtype=np.bool_)
+    for i, (_, top, right, bottom) in enumerate(boxes):
+        for j, (left, other_top, _, other_bottom) in enumerate(boxes):
+            heights = (bottom - top, other_bottom - other_top)
+            shared = min(bottom, other_bottom) - max(top, other_top)
+            gap = left - right - grow * sum(heights)
+            alike = shared > 0.5 * min(heights) and max(heights) < 2 * min(heights)
+            if boxes[i][0] <= left and alike and gap <= join * min(heights) * (1 + 2 * grow):
+                near[i, j] = near[j, i] = True
+    for _ in range(7):  # Reaches the whole of a chain of 128.
+        near = near @ near
+    expected = {tuple(np.flatnonzero(row)) for row in near}
+    assert {tuple(sorted(row)) for row in _rows(boxes, join, grow)} == expected
+    assert 1 < len(expected) < len(boxes)
+    assert _rows([], join, grow) == []
+
+
+def test_a_map_full_of_specks_is_joined_in_seconds():
+    corners = np.random.default_rng(0).integers(0, 1400, (20_000, 2))
+    boxes = [(int(x), int(y), int(x) + 2, int(y) + 2) for x, y in corners]
+    start = time.process_time()
+    rows = _rows(boxes, 0.7, 0.25)
+    assert time.process_time() - start < 20  # All pairs in Python take minutes.
+    assert sorted(k for row in rows for k in row) == list(range(len(boxes)))
 
 
 def test_words_of_a_row_are_joined_into_a_line():
