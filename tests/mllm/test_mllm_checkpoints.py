@@ -73,8 +73,9 @@ def test_greedy_answers_are_those_of_transformers_batched_and_not(pair):
         said = reference.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs.input_ids.shape[1] :]
         want.append(said.tolist())
     requests = [Request(p, (i,), raw=True) for p, i in zip(prompts, images)]
-    tied = reference.config.text_config.tie_word_embeddings  # such a random model repeats its last word for ever
-    assert tied or len({tuple(w) for w in want}) > 1
+    # A random model with tied embeddings repeats its last word for ever, and one of those that transformers 4 draws looks at no image.
+    alike = FOUR or reference.config.text_config.tie_word_embeddings
+    assert alike or len({tuple(w) for w in want}) > 1
     assert ours.tokens(requests, 12, 1) == want
     assert ours.tokens(requests, 12, 3) == want
     assert ours.tokens(requests, 12, len(requests)) == want
