@@ -215,7 +215,7 @@ class HeadGroup(ManyHeads):
         x = self.standardised(tokens)
         flat = self.outputs(x)
         log_p = torch.log_softmax(flat.view(-1, self.heads, self.cells, self.classes), dim=-1)
-        loss = -torch.einsum("thkc,tkc->h", log_p, counts) / total
+        loss = -torch.einsum("thx,tx->h", log_p.flatten(2), counts.flatten(1)) / total
         residual = log_p.exp_().mul_((weight / total)[:, None, :, None]).sub_((counts / total)[:, None])
         self.update(x, residual.view(flat.shape), factor)
         return loss
