@@ -29,10 +29,8 @@ __all__ = ["Region", "Words", "align", "coverage", "regions_of", "words_of"]
 _BATCH = 32  # images a step
 _DECAY = 0.05  # of AdamW, as customary for small heads on frozen features
 _SEEN = 10  # regions that a word must be said of
-_SCALE, _BIAS = (
-    10.0,
-    -3.0,
-)  # of the cosines at the start: SigLIP's scale (arXiv 2303.15343), and the logit of one word in twenty
+_SCALE = 10.0  # of the cosines at the start, as SigLIP's (arXiv 2303.15343)
+_BIAS = -3.0  # of a cell's logits at the start: one word in twenty
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,7 @@ def align(
     bias = nn.Parameter(torch.full((len(places),), _BIAS, device=device))
     scale = nn.Parameter(torch.tensor(math.log(_SCALE), device=device))
     groups = [
-        {"params": list(projector.parameters()), "weight_decay": _DECAY},
+        {"params": list(projector.layers.parameters()), "weight_decay": _DECAY},
         {"params": [bias, scale], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=lr)
@@ -157,7 +155,7 @@ def align(
         for picked in _batches(len(tokens), seed, epoch):
             for group in optimizer.param_groups:
                 group["lr"] = lr * warmup_cosine(step, total, 0)
-            out = projector(torch.stack([tokens[k] for k in picked]).to(device).float(), grid)
+            out = projector.words(torch.stack([tokens[k] for k in picked]).to(device).float(), grid) * projector.size
             near = nn.functional.normalize(out - middle, dim=-1) @ known.T
             truth = torch.stack([wanted[k] for k in picked]).to(device)
             loss = nn.functional.binary_cross_entropy_with_logits(near * scale.exp() + bias, truth)

@@ -52,7 +52,7 @@ class Bundle(BaseModel):
         encoder_sha256: fingerprint that the encoder must have.
         lm, lm_sha256: the language model's name and fingerprint.
         view, layers, norm, stored: how tokens are made, and the number format they were banked in.
-        side, hidden, width_in, width_out: of the projector.
+        side, hidden, prompt, width_in, width_out: of the projector.
         projector_sha256: of its weights.
         template: the chat template of training.
         tuned: parts that were trained.
@@ -60,7 +60,7 @@ class Bundle(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: int = 2
+    format: int = 3
     encoder: str
     weights: str | None = None
     encoder_sha256: str
@@ -72,6 +72,7 @@ class Bundle(BaseModel):
     stored: str
     side: int
     hidden: int
+    prompt: int
     width_in: int
     width_out: int
     projector_sha256: str
@@ -149,7 +150,7 @@ def load_bundle(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.fl
     encoder = load_encoder(told.encoder, weights=Path(told.weights) if told.weights else None, device=device)
     _same(folder, "encoder", told.encoder, encoder.fingerprint, told.encoder_sha256)
     lm = load_lm(told.lm, dtype=dtype, device=device)
-    shape: dict[str, Any] = {k: getattr(told, k) for k in ("width_in", "width_out", "side", "hidden")}
+    shape: dict[str, Any] = {k: getattr(told, k) for k in ("width_in", "width_out", "side", "hidden", "prompt")}
     projector = load_projector(folder / _WEIGHTS, shape)
     _same(folder, "projector", _WEIGHTS, sha256_of(projector), told.projector_sha256)
     return assemble(encoder, lm, projector, told.layers, told.norm, told.view, told.template), told

@@ -209,7 +209,7 @@ class Mllm:
     def logits(self, request: Request) -> Tensor:
         """``(L, V)`` logits after each position of the request's input, images' positions included."""
         (inputs,) = self._inputs([request])
-        self._check_room(inputs.shape[0])
+        self.check_room(inputs.shape[0])
         out: Tensor = self.lm.model(inputs_embeds=inputs[None], use_cache=False).logits[0]
         return out
 
@@ -242,12 +242,17 @@ class Mllm:
         out: list[list[int]] = []
         for start in range(0, len(requests), batch_size):
             inputs = self._inputs(requests[start : start + batch_size])
-            self._check_room(max(i.shape[0] for i in inputs) + max_new_tokens)
+            self.check_room(max(i.shape[0] for i in inputs) + max_new_tokens)
             embeds, mask = left_padded(inputs)
             out += greedy(self.lm.model, embeds, mask, max_new_tokens, self.chat.stops)
         return out
 
-    def _check_room(self, length: int) -> None:
+    def check_room(self, length: int) -> None:
+        """Refuse what is longer than the language model's context.
+
+        Raises:
+            PlanError: so it is.
+        """
         most = self.lm.context
         if most is not None and length > most:
             raise PlanError(
@@ -290,7 +295,7 @@ class Mllm:
                 for label in ([IGNORE] * next(lengths) if i == self.chat.image_id else [known])
             ]
             targets.append(torch.tensor(spread[:max_length], device=self.device))
-        self._check_room(shared + max(r.shape[0] for r in rows))
+        self.check_room(shared + max(r.shape[0] for r in rows))
         embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         wanted = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORE)[:, 1:]
         lengths_ = torch.tensor([r.shape[0] for r in rows], device=self.device)

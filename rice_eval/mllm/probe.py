@@ -1,7 +1,8 @@
 """The ``perception-probe``: encoder and language model frozen, a projector between them trained on banked tokens.
 
-Tokens are averaged onto a small grid, standardised by the training set, and mapped by a two-layer MLP. Nothing else learns, so
-what a language model can be told about an image is what the encoder's tokens hold.
+Tokens are averaged onto a small grid, standardised by the training set, and mapped by a two-layer MLP to words; one more linear
+layer and a few learned embeddings behind the image make them readable. Nothing else learns, so what a language model can be told
+about an image is what the encoder's tokens hold.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rice_eval.errors import CheckpointError, DataError
+from rice_eval.mllm.branches import Branches
 from rice_eval.mllm.conversation import Encoded, Example, Turn
 from rice_eval.mllm.model import Mllm
 from rice_eval.mllm.projector import Projector
@@ -34,6 +36,7 @@ __all__ = [
     "pool",
     "projector_bytes",
     "sha256_of",
+    "visit_of",
 ]
 
 _CLIP = 1.0  # gradient norm; the customary value of LLaVA's recipes (Trainer's max_grad_norm)
@@ -51,22 +54,27 @@ def pool(tokens: Tensor, grid: tuple[int, int], side: int) -> Tensor:
 
 class PooledProjector(Projector):
     """Average onto ``side`` x ``side``, standardise by channel, two linear layers with gelu, root mean square of a word's
-    embedding (times one learned factor).
+    embedding; then the reading layer (linear, the identity at first) and ``prompt`` learned embeddings behind the cells.
 
-    A frozen language model reads embeddings of the size it knows; without the last step, Adam's first steps blow them up to fifty
-    times that.
+    A frozen language model reads embeddings of the size it knows; without that scaling, Adam's first steps blow them up to fifty
+    times that. It does not read a grid of words as a list of what is there: the reading layer and the prompt learn to make it so.
 
     Args:
         width_in, width_out: of the encoder's tokens (all layers together) and of the language model's embeddings.
-        side: image tokens a side; an image becomes ``side**2`` embeddings, whatever the encoder's grid.
+        side: cells a side.
         hidden: width between the layers.
+        prompt: learned embeddings behind the cells; an image becomes ``side**2 + prompt`` embeddings, whatever the encoder's grid.
         seed: of the first weights.
     """
 
-    def __init__(self, width_in: int, width_out: int, side: int, hidden: int, seed: int = 0) -> None:
+    def __init__(self, width_in: int, width_out: int, side: int, hidden: int, prompt: int, seed: int = 0) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             super().__init__("mlp2x_gelu", width_in, width_out, hidden=hidden)
+            self.reading = nn.Linear(width_out, width_out)
+        nn.init.eye_(self.reading.weight)
+        nn.init.zeros_(self.reading.bias)
+        self.prompt = nn.Parameter(torch.zeros(prompt, width_out))
         self.side = side
         self.mean: Tensor
         self.scale: Tensor
@@ -74,14 +82,17 @@ class PooledProjector(Projector):
         self.register_buffer("scale", torch.ones(width_in))
         self.size: Tensor
         self.register_buffer("size", torch.ones(()))
-        self.gain = nn.Parameter(torch.zeros(()))
 
-    def start(self, tokens: Iterable[Tensor], embeddings: Tensor) -> None:
-        """Take mean and scale from the training set's pooled tokens, and the size of an output from the words' embeddings.
+    def start(self, tokens: Iterable[Tensor], embeddings: Tensor, prompt: Sequence[int]) -> None:
+        """Take mean and scale from the training set's pooled tokens; from the words' embeddings an output's size and the prompt.
 
         Args:
             tokens: ``(n, D)`` each, pooled; walked once.
             embeddings: ``(V, D_lm)`` the language model's input embeddings.
+            prompt: ids of the words that the prompt begins as; said over and over where they are too few.
+
+        Raises:
+            DataError: no tokens.
         """
         count, total, squares = 0, torch.zeros(()), torch.zeros(())
         for rows in tokens:
@@ -95,22 +106,31 @@ class PooledProjector(Projector):
         # A channel that never moves stays as it is instead of being blown up.
         self.scale.copy_(torch.where(deviation > 1e-6, 1 / deviation.clamp_min(1e-6), torch.ones_like(deviation)))
         self.size.copy_(embeddings.float().square().mean().sqrt())
+        said = [prompt[k % len(prompt)] for k in range(len(self.prompt))]
+        with torch.no_grad():
+            self.prompt.copy_(embeddings[said].float() / self.size)
 
     def grid_out(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """``(side, side)``, whatever the grid."""
+        """``(side, side)``, whatever the grid: the cells, without the prompt."""
         return self.side, self.side
 
-    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """``(T, h*w, D)`` -> ``(T, side*side, D_lm)``."""
+    def words(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """``(T, h*w, D)`` -> ``(T, side*side, D_lm)``, root mean square 1: what ``rice_eval.mllm.align`` teaches."""
         first = self.layers[0]
         assert isinstance(first, nn.Linear)
         cells = pool(tokens.to(first.weight.dtype), grid, self.side)
         out = super().forward((cells - self.mean) * self.scale, (self.side, self.side))
-        return out * torch.rsqrt(out.square().mean(-1, keepdim=True) + 1e-6) * (self.size * self.gain.exp())
+        return out * torch.rsqrt(out.square().mean(-1, keepdim=True) + 1e-6)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """``(T, h*w, D)`` -> ``(T, side*side + prompt, D_lm)``."""
+        cells: Tensor = self.reading(self.words(tokens, grid))
+        return torch.cat([cells, self.prompt.expand(cells.shape[0], -1, -1)], dim=1) * self.size
 
     def facts(self) -> dict[str, object]:
-        """See ``Projector.facts``; with the side of the grid."""
-        return {**super().facts(), "kind": "pooled-mlp2x_gelu", "side": self.side}
+        """See ``Projector.facts``; with the side of the grid and the prompt's length."""
+        told = {"kind": "pooled-mlp2x_gelu", "side": self.side, "prompt": len(self.prompt)}
+        return {**super().facts(), **told}
 
 
 @dataclass(frozen=True)
@@ -119,14 +139,16 @@ class Schedule:
 
     Attributes:
         lr: peak rate.
+        prompt_lr: that of the learned embeddings behind the image.
         weight_decay: of AdamW.
-        batch: conversations a step.
+        batch: images a step.
         epochs: passes over the training images.
-        turns: questions of one conversation at most.
-        seed: of weights, order of images, order of questions.
+        turns: questions about an image at most, each asked alone.
+        seed: of weights, order of images, choice of questions.
     """
 
     lr: float
+    prompt_lr: float
     weight_decay: float
     batch: int
     epochs: float
@@ -166,10 +188,11 @@ class Trained:
     resumed_at: int
 
 
-def shuffled(dialogue: Dialogue, schedule: Schedule, visit: int, index: int) -> tuple[Turn, ...]:
-    """The turns of one visit to a conversation: some questions in a drawn order, the caption last."""
+def visit_of(dialogue: Dialogue, schedule: Schedule, visit: int, index: int, image: Encoded) -> list[Example]:
+    """Questions of one visit to an image, drawn anew each time; each is an example of its own."""
     order = torch.randperm(len(dialogue.questions), generator=generator(schedule.seed, 2, visit, index)).tolist()
-    return dialogue.turns([int(k) for k in order[: schedule.turns]])
+    asked = [dialogue.questions[int(k)] for k in order[: schedule.turns]]
+    return [Example((Turn("user", q.question), Turn("assistant", q.answer)), (image,)) for q in asked]
 
 
 def fit(
@@ -181,8 +204,9 @@ def fit(
     advance: Callable[[int], None] = lambda n: None,
     window: int = 25,
     begin: Callable[[], None] = lambda: None,
+    aligned: bool = False,
 ) -> Trained:
-    """Train the model's ``PooledProjector`` and nothing else.
+    """Train the model's ``PooledProjector`` and nothing else, every question asked alone (``rice_eval.mllm.branches``).
 
     Args:
         mllm: encoder and language model stay frozen.
@@ -193,6 +217,7 @@ def fit(
         advance: called with the number of steps done, the restored ones included.
         window: steps averaged into one point of the curve.
         begin: called before the first step of a run that has no state to go on from.
+        aligned: leave the layers up to the words as they are, since ``begin`` has taught them.
 
     Raises:
         DataError: the loss is not finite.
@@ -202,8 +227,12 @@ def fit(
     if not isinstance(projector, PooledProjector):
         raise CheckpointError("the perception probe trains its own projector", "build the model with a PooledProjector")
     side = projector.side
-    parameters = [p for p in projector.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, betas=(0.9, 0.95), weight_decay=schedule.weight_decay)
+    layers = [*projector.reading.parameters(), *([] if aligned else projector.layers.parameters())]
+    parameters = [*layers, projector.prompt]
+    rates = (schedule.lr, schedule.prompt_lr)
+    groups = [{"params": layers}, {"params": [projector.prompt]}]
+    optimizer = torch.optim.AdamW(groups, lr=schedule.lr, betas=(0.9, 0.95), weight_decay=schedule.weight_decay)
+    branches = Branches(mllm)
     steps = schedule.steps(len(tokens))
     first = 0
     curve: list[tuple[float, float]] = []
@@ -216,21 +245,16 @@ def fit(
         optimizer.load_state_dict(saved["optimizer"])
         first, curve, pending = saved["step"], [tuple(point) for point in saved["curve"]], saved["pending"]
     projector.train()
+    projector.layers.requires_grad_(not aligned)
     advance(first)
     for step in range(first, steps):
         picked = schedule.batch_at(step, len(tokens))
         visit = step * schedule.batch // len(tokens)
-        examples = [
-            Example(
-                shuffled(dialogues[k], schedule, visit, k),
-                (Encoded(tokens[k], (side, side)),),
-            )
-            for k in picked
-        ]
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.lr * schedule.factor(step, steps)
+        visits = [visit_of(dialogues[k], schedule, visit, k, Encoded(tokens[k], (side, side))) for k in picked]
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * schedule.factor(step, steps)
         optimizer.zero_grad(set_to_none=True)
-        loss = mllm.loss(examples)
+        loss = branches.loss(visits)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise DataError(f"the probe's loss is {value} at step {step + 1}", "lower --set lr")
@@ -266,7 +290,7 @@ def projector_bytes(projector: PooledProjector) -> bytes:
 
 
 def load_projector(path: Path, told: dict[str, Any]) -> PooledProjector:
-    """Read what ``projector_bytes`` gave; ``told`` are ``side``, ``hidden``, ``width_in``, ``width_out``.
+    """Read what ``projector_bytes`` gave; ``told`` are ``side``, ``hidden``, ``prompt``, ``width_in``, ``width_out``.
 
     Raises:
         CheckpointError: missing, damaged, or of another shape.
@@ -278,6 +302,6 @@ def load_projector(path: Path, told: dict[str, Any]) -> PooledProjector:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: can't be read ({str(error)[:120]})", "train the probe again") from error
-    projector = PooledProjector(told["width_in"], told["width_out"], told["side"], told["hidden"])
+    projector = PooledProjector(told["width_in"], told["width_out"], told["side"], told["hidden"], told["prompt"])
     projector.fill(tensors, str(path))
     return projector.eval()

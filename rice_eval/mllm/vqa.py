@@ -11,7 +11,7 @@ from rice_eval.datasets.scenes_vqa import CAPTION, POST_PROMPT, REGION
 from rice_eval.errors import DataError
 from rice_eval.mllm.conversation import IMAGE, Turn
 
-__all__ = ["TEMPLATE", "Asked", "Dialogue", "asked", "dialogues", "llava_entries", "prompt_of"]
+__all__ = ["PROMPT", "TEMPLATE", "Asked", "Dialogue", "asked", "dialogues", "llava_entries", "prompt_of"]
 
 # A small instruction-tuned model answers questions about a written list of things far better after a worked example in plain
 # lines than in its own chat format (docs/mllm.md has figures), and what it can't do with words it can't do with images.
@@ -44,6 +44,10 @@ A:
 )
 """Chat template of the probe: one worked example in words, then the image and the questions in the same plain lines, each
 answer ended by its line's end. The short-answer words are left out, since the example shows the form."""
+
+
+PROMPT = " The objects in the image are listed above, one for each place."
+"""What a probe's learned embeddings behind the image begin as."""
 
 
 def prompt_of(question: str) -> str:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PerceptionProbe"]
 
+_POSITIVE = ("blocks", "side", "hidden", "align_lr", "lr", "prompt_lr", "batch", "epochs", "turns")
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -37,25 +38,26 @@ class PerceptionProbe(Protocol):
 
     Tokens of the blocks at a quarter, a half, three quarters and the end of the depth stand side by side (as DINOv2's
     four-block linear probes do), are averaged onto ``side`` x ``side`` cells, and mapped to word embeddings by a two-layer MLP.
-    It learns first which words each cell lies on, from described regions, then, with the language model reading along, from
-    conversations about the training images, several questions each and, last, a caption. Every question of the
-    test split is asked three times: with the image, without it (``blind_…``), and with the training set's mean tokens in its
-    place (``mean_image_…``).
+    That learns which words each cell lies on, from described regions. Then, with the language model reading along, a linear layer
+    behind it and a few embeddings behind the image learn from questions about the training images, each asked alone: they
+    make a grid of words a thing that the language model reads. Every question of the test split is asked three times: with the
+    image, without it (``blind_…``), and with the training set's mean tokens in its place (``mean_image_…``).
 
     Attributes:
         lm: the language model (``rice_eval.mllm.lm.load_lm``); a hash over its files is part of the settings.
         blocks: how many blocks, evenly spread up to the last; 1 is the last alone.
-        side: image tokens a side.
+        side: cells a side.
         hidden: width between the projector's layers.
-        align_epochs, align_lr: of the alignment of image tokens with words, see ``rice_eval.mllm.align``; 0 epochs leave it out.
-        lr, weight_decay, batch, epochs: AdamW with 3 % warm-up and half a cosine; batches count images.
-        turns: questions of one conversation at most, drawn anew at every visit.
-        captions: whether conversations end with a caption.
+        prompt: learned embeddings behind the cells.
+        align_epochs, align_lr: of the alignment of image tokens with words, see ``rice_eval.mllm.align``; 0 epochs leave it out,
+            and the whole projector learns with the language model.
+        lr, prompt_lr, weight_decay, batch, epochs: AdamW with 3 % warm-up and half a cosine; batches count images.
+        turns: questions about an image at most, drawn anew at every visit.
         train_dtype: of the frozen language model while the projector trains; it is tested in float32.
     """
 
     id: ClassVar[str] = "perception-probe"
-    version: ClassVar[int] = 2  # the prompt's template, and the alignment before the language model
+    version: ClassVar[int] = 3  # questions asked alone; a reading layer and a prompt behind what was aligned
     kind: ClassVar[str] = "mllm"
     needs: ClassVar[frozenset[Annotation]] = frozenset({"questions"})
     metric: ClassVar[str] = "accuracy"
@@ -66,26 +68,24 @@ class PerceptionProbe(Protocol):
     blocks: int = 4
     side: int = 7
     hidden: int = 1152
+    prompt: int = 10
     align_epochs: int = 4
     align_lr: float = 1e-3
-    lr: float = 5e-4
+    lr: float = 1e-3
+    prompt_lr: float = 0.03
     weight_decay: float = 0.0
     batch: int = 4
     turns: int = 8
     epochs: float = 1.0
-    captions: bool = True
     train_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if (
-                field.name in ("blocks", "side", "hidden", "align_lr", "lr", "batch", "epochs", "turns")
-                and not value > 0
-            ):
+            if field.name in _POSITIVE and not value > 0:
                 raise ValueError(f"{field.name} is {value}, not above 0")
-        if self.align_epochs < 0:
-            raise ValueError(f"align_epochs is {self.align_epochs}, below 0")
+            if field.name in ("align_epochs", "prompt") and value < 0:
+                raise ValueError(f"{field.name} is {value}, below 0")
         if self.train_dtype not in _TYPES:
             raise ValueError(f"train_dtype '{self.train_dtype}' is neither float32 nor bfloat16")
 
@@ -106,7 +106,7 @@ class PerceptionProbe(Protocol):
         from rice_eval.mllm.lm import load_lm
         from rice_eval.mllm.probe import PooledProjector, fit, sha256_of
         from rice_eval.mllm.probe import Schedule as Rates
-        from rice_eval.mllm.vqa import dialogues
+        from rice_eval.mllm.vqa import PROMPT, dialogues
 
         layers = self.layers(context.facts)
         start = time.perf_counter()
@@ -116,14 +116,17 @@ class PerceptionProbe(Protocol):
         start = time.perf_counter()
         frames: dict[int, Frame] = {}
         train = self._pooled(context, "train", layers, frames.__setitem__)
-        told = dialogues(context.train, self.captions)
+        told = dialogues(context.train, captions=False)
         said = [told[i] for i in train]
         regions = [regions_of(told[i].regions, frames[i]) for i in train]
         width = sum(context.facts.widths[layer - 1] for layer in layers)
-        projector = PooledProjector(width, trained_with.width, self.side, self.hidden, self.seed).to(context.device)
+        projector = PooledProjector(width, trained_with.width, self.side, self.hidden, self.prompt, self.seed).to(
+            context.device
+        )
         tokens = list(train.values())
-        projector.start(tokens, trained_with.model.get_input_embeddings().weight)
-        rates = Rates(self.lr, self.weight_decay, self.batch, self.epochs, self.turns, self.seed)
+        begins = trained_with.tokenizer(PROMPT, add_special_tokens=False).input_ids
+        projector.start(tokens, trained_with.model.get_input_embeddings().weight, begins)
+        rates = Rates(self.lr, self.prompt_lr, self.weight_decay, self.batch, self.epochs, self.turns, self.seed)
         facts = {
             "encoder": context.facts.sha256,
             "train": context.train.fingerprint,
@@ -140,6 +143,7 @@ class PerceptionProbe(Protocol):
             state,
             context.progress("projector", rates.steps(len(tokens))),
             begin=partial(self._align, context, projector, tokens, regions, trained_with),
+            aligned=self.align_epochs > 0,
         )
         seconds["fit"] = time.perf_counter() - start
         del train, tokens, said
@@ -157,7 +161,7 @@ class PerceptionProbe(Protocol):
             chosen={
                 "projector_sha256": sha256_of(projector),
                 "steps": fitted.steps,
-                "image_tokens": self.side**2,
+                "image_tokens": self.side**2 + self.prompt,
                 "tuned": list(self.tuned),
                 "lm": mllm.lm.facts(),
             },
@@ -238,6 +242,7 @@ class PerceptionProbe(Protocol):
             stored=self.tokens,
             side=self.side,
             hidden=self.hidden,
+            prompt=self.prompt,
             width_in=projector.width_in,
             width_out=projector.width_out,
             projector_sha256=sha256_of(projector),

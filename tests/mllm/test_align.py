@@ -85,13 +85,15 @@ def test_embeddings_come_near_the_words_of_what_they_lie_on():
     words = words_of(regions, lm)
 
     def trained():
-        projector = PooledProjector(12, lm.width, side, 32, 0)
-        projector.start(tokens, lm.model.get_input_embeddings().weight)
+        projector = PooledProjector(12, lm.width, side, 32, 2, 0)
+        projector.start(tokens, lm.model.get_input_embeddings().weight, [0])
         return projector, align(projector, tokens, regions, words, epochs=30, lr=3e-3, seed=0)
 
     projector, losses = trained()
     assert losses[-1] < 0.3 * losses[0]
-    out = projector(torch.stack([signs[k].expand(9, 12) for k in range(3)]), (side, side))[:, 0]
+    shown = torch.stack([signs[k].expand(9, 12) for k in range(3)])
+    out = projector.words(shown, (side, side))[:, 0] * projector.size
+    torch.testing.assert_close(projector(shown, (side, side))[:, 0], out)  # the reading layer begins as the identity
     middle = words.embeddings.mean(0)
     near = torch.nn.functional.cosine_similarity((out - middle)[:, None], (words.embeddings - middle)[None], dim=-1)
     assert [words.names[int(k)] for k in near.argmax(-1)] == list(names)

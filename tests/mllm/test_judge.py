@@ -28,7 +28,7 @@ from rice_eval.mllm.probe import PooledProjector
 def mllm() -> Mllm:
     encoder = load_encoder("rgb-moments")
     width = encoder.facts.widths[-1]
-    projector = PooledProjector(width, 64, 3, 16)
+    projector = PooledProjector(width, 64, 3, 16, 2)
     return assemble(encoder, tiny_random(), projector, (encoder.facts.layers,), True, "square=56")
 
 

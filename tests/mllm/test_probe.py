@@ -39,28 +39,29 @@ def test_pool_takes_grids_that_do_not_divide():
 
 
 def test_projector_standardises_and_speaks_at_the_size_of_words():
-    projector = PooledProjector(5, 8, 2, 16)
+    projector = PooledProjector(5, 8, 2, 16, 3)
     rows = [torch.randn(4, 5) * torch.tensor([1.0, 10, 100, 0.1, 0]) + 3 for _ in range(20)]
     table = torch.randn(50, 8) * 0.2
-    projector.start(rows, table)
+    projector.start(rows, table, [7, 9])
     everything = torch.cat(rows)
     assert torch.allclose(projector.mean, everything.mean(0), atol=1e-3)
     assert torch.allclose(projector.scale[:4], 1 / everything.std(0, unbiased=False)[:4], rtol=1e-3)
     assert projector.scale[4] == 1  # a channel that never moves
     out = projector(everything[None], (8, 10))
-    assert out.shape == (1, 4, 8)
-    assert torch.allclose(out.square().mean(-1).sqrt(), table.square().mean().sqrt().expand(1, 4), rtol=1e-3)
+    assert out.shape == (1, 4 + 3, 8)
+    assert torch.allclose(out[:, :4].square().mean(-1).sqrt(), table.square().mean().sqrt().expand(1, 4), rtol=1e-3)
+    assert torch.allclose(out[0, 4:], table[[7, 9, 7]])  # the prompt begins as words
 
 
 def test_projector_needs_tokens():
     with pytest.raises(DataError, match="no training image"):
-        PooledProjector(5, 8, 2, 16).start([], torch.zeros(3, 8))
+        PooledProjector(5, 8, 2, 16, 3).start([], torch.zeros(3, 8), [0])
 
 
 def test_projector_survives_its_file(tmp_path: Path):
-    projector = PooledProjector(5, 8, 2, 16, seed=3)
+    projector = PooledProjector(5, 8, 2, 16, 3, seed=3)
     (tmp_path / "p").write_bytes(projector_bytes(projector))
-    told = {"width_in": 5, "width_out": 8, "side": 2, "hidden": 16}
+    told = {"width_in": 5, "width_out": 8, "side": 2, "hidden": 16, "prompt": 3}
     assert sha256_of(load_projector(tmp_path / "p", told)) == sha256_of(projector)
     with pytest.raises(CheckpointError, match="do not fit"):
         load_projector(tmp_path / "p", {**told, "width_out": 9})
@@ -70,12 +71,12 @@ def test_projector_survives_its_file(tmp_path: Path):
 
 
 def test_seed_draws_the_projector():
-    assert sha256_of(PooledProjector(5, 8, 2, 16, seed=1)) == sha256_of(PooledProjector(5, 8, 2, 16, seed=1))
-    assert sha256_of(PooledProjector(5, 8, 2, 16, seed=1)) != sha256_of(PooledProjector(5, 8, 2, 16, seed=2))
+    assert sha256_of(PooledProjector(5, 8, 2, 16, 3, seed=1)) == sha256_of(PooledProjector(5, 8, 2, 16, 3, seed=1))
+    assert sha256_of(PooledProjector(5, 8, 2, 16, 3, seed=1)) != sha256_of(PooledProjector(5, 8, 2, 16, 3, seed=2))
 
 
 def test_schedule_walks_every_epoch_once():
-    rates = Schedule(1e-3, 0.0, 4, 2.0, 8, 0)
+    rates = Schedule(1e-3, 0.03, 0.0, 4, 2.0, 8, 0)
     steps = rates.steps(10)
     assert steps == 5
     walked = [k for step in range(steps) for k in rates.batch_at(step, 10)]
@@ -100,7 +101,10 @@ def test_schedule_walks_every_epoch_once():
         {"batch": 1},
         {"turns": 2},
         {"epochs": 2},
-        {"captions": False},
+        {"prompt": 3},
+        {"prompt_lr": 0.1},
+        {"align_epochs": 0},
+        {"align_lr": 2e-3},
         {"train_dtype": "bfloat16"},
         {"view": "square=112"},
     ],
@@ -116,7 +120,7 @@ def test_every_field_is_in_the_hash(change: dict[str, object], monkeypatch: pyte
 
 
 def test_fields_out_of_range_are_refused():
-    for bad in ({"side": 0}, {"lr": -1.0}, {"train_dtype": "float16"}):
+    for bad in ({"side": 0}, {"lr": -1.0}, {"prompt": -1}, {"align_epochs": -1}, {"train_dtype": "float16"}):
         with pytest.raises(Exception, match="perception-probe"):
             configure(PerceptionProbe, {"view": "square=224", **bad})
 
