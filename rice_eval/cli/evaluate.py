@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +17,7 @@ from rice_eval.errors import UsageError
 if TYPE_CHECKING:
     from rice_eval.run import Result
 
-__all__ = ["folders", "pairs", "register", "show_results"]
+__all__ = ["folders", "pairs", "refuse_given", "register", "show_results"]
 
 Encoders = Annotated[
     list[str], typer.Option("--encoder", "-e", help="Encoder: NAME, NAME@WEIGHTS, or ADAPTER:REFERENCE. Repeatable.")
@@ -355,6 +355,17 @@ def plan(
     if table:
         typer.echo("\nOne pass over train and val at 1024 tokens an image, four layers, on devices like this one:\n")
         print_table(table)
+
+
+def refuse_given(context: typer.Context, names: Sequence[str], why: str) -> None:
+    """Refuse options that were given and would do nothing.
+
+    Raises:
+        UsageError: one of ``names`` is on the command line.
+    """
+    for parameter in context.command.params:
+        if parameter.name in names and str(context.get_parameter_source(parameter.name)).endswith("COMMANDLINE"):
+            raise UsageError(f"{parameter.opts[0]} {why}", "leave it out")
 
 
 def pairs(flag: str, items: list[str] | None) -> dict[str, Any]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from rice_eval.cli.evaluate import pairs, show_results
+from rice_eval.cli.evaluate import pairs, refuse_given, show_results
 from rice_eval.cli.mllm_train import llava
 from rice_eval.errors import UsageError
 
@@ -93,7 +92,7 @@ def evaluate(
             raise UsageError("--model is a whole model and takes no --encoder", "give one of the two")
         from rice_eval.mllm_run import judge_model
 
-        _refuse_given(context, TRAINING, "says how a projector is trained, and --model trains none")
+        refuse_given(context, TRAINING, "says how a projector is trained, and --model trains none")
         done = judge_model(
             model,
             names,
@@ -109,7 +108,7 @@ def evaluate(
     else:
         if not encoder:
             raise UsageError("no encoder is given", "add --encoder NAME, or --model for a trained model")
-        _refuse_given(context, ("processes", "dtype"), "is for judging with --model")
+        refuse_given(context, ("processes", "dtype"), "is for judging with --model")
         from rice_eval.mllm_run import train_and_judge
 
         done = train_and_judge(
@@ -135,13 +134,6 @@ def evaluate(
         for label, path in publish(results).items():
             if not as_json:
                 typer.echo(f"{label}: {path}")
-
-
-def _refuse_given(context: typer.Context, names: Sequence[str], why: str) -> None:
-    """Refuse options that were given and would do nothing."""
-    for parameter in context.command.params:
-        if parameter.name in names and str(context.get_parameter_source(parameter.name)).endswith("COMMANDLINE"):
-            raise UsageError(f"{parameter.opts[0]} {why}", "leave it out")
 
 
 def task(

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from rice_eval.cli.evaluate import pairs
+from rice_eval.cli.evaluate import pairs, refuse_given
 from rice_eval.environment import launched
 from rice_eval.errors import UsageError
 from rice_eval.registry import did_you_mean
@@ -17,7 +17,12 @@ from rice_eval.registry import did_you_mean
 __all__ = ["llava"]
 
 
+_PARTS = ("encoder", "lm", "projector", "layer", "side")
+"""Options that say what a model is put together from: ``--start`` has them from its folder."""
+
+
 def llava(
+    context: typer.Context,
     stage: Annotated[
         str, typer.Option("--stage", help="1 (projector alone), 2 (tower, projector, language model), or 2-lora.")
     ],
@@ -58,8 +63,7 @@ def llava(
     recipe = _set(recipes[stage], pairs("--set", setting))
     tiles: Literal["crop", "anyres"] = "crop" if stage == "1" else "anyres"
     if start is not None:
-        if encoder or lm:
-            raise UsageError("--start is a whole model and takes no --encoder or --lm", "give one of the two")
+        refuse_given(context, _PARTS, "says what a model is made of, and --start is a whole one")
         parts = replace(read_parts(start), tiles=tiles)
     elif encoder and lm:
         name, _, weights = encoder.partition("@")

@@ -2,8 +2,7 @@
 
 A question of the test split stands behind the image with nothing between. In a conversation the second question stands behind the
 first one and its answer, which is another task. So the questions of a visit are branches: each sees the words before the image, the
-image and itself, at the positions it would have alone, and none of the others. All branches of all images of a step are one
-sequence, so that nothing is padded.
+image and itself, at the positions it would have alone, and none of the others.
 """
 
 from __future__ import annotations
@@ -32,6 +31,26 @@ class _Branch:
     labels: list[int]
 
 
+@dataclass(frozen=True)
+class _Row:
+    """One image and its branches.
+
+    Attributes:
+        embeds: ``(L, D_lm)``.
+        places: ``(L,)`` position of each.
+        open_: ``(L, L)`` what each sees.
+        at: positions whose logits guess an answer's tokens, rising.
+        wanted, weights: those tokens, and what each counts in its answer.
+    """
+
+    embeds: Tensor
+    places: Tensor
+    open_: Tensor
+    at: Tensor
+    wanted: Tensor
+    weights: Tensor
+
+
 class Branches:
     """The loss of a frozen language model over branches; what stands before the image is read once in a lifetime.
 
@@ -56,18 +75,34 @@ class Branches:
         """
         heads, branches = self._taught(visits)
         images = self.mllm.image_tokens([visit[0].images[0] for visit in visits])
-        before, past = self._read(heads)
-        embeds, places, mask = self._laid_out(images, branches, before)
-        wanted, weights, at = self._answers(images, branches)
+        before, past = self._read(heads, len(visits))
+        rows = [self._row(image, own, before) for image, own in zip(images, branches)]
+        length = max(len(row.embeds) for row in rows)
+        dtype = self.mllm.lm.dtype
+        # A padded position sees what stands before the image, so that no row of the softmax is empty, and nothing sees it.
+        open_ = torch.zeros(len(rows), length, before + length, dtype=torch.bool, device=self.mllm.device)
+        open_[:, :, :before] = True
+        for n, row in enumerate(rows):
+            size = len(row.embeds)
+            open_[n, :size, before : before + size] = row.open_
+            open_[n, size:, before + size :] |= not before
+        mask = torch.zeros(open_.shape, dtype=dtype, device=open_.device).masked_fill_(~open_, torch.finfo(dtype).min)
+        # Logits of the positions that some row answers at, and of no other: a vocabulary's width each.
+        kept = torch.cat([row.at for row in rows]).unique()
         logits = self.mllm.lm.model(
-            inputs_embeds=embeds[None],
-            position_ids=places[None],
-            attention_mask=mask[None, None],
+            inputs_embeds=nn.utils.rnn.pad_sequence([row.embeds for row in rows], batch_first=True),
+            position_ids=nn.utils.rnn.pad_sequence([row.places for row in rows], batch_first=True),
+            attention_mask=mask[:, None],
             past_key_values=past,
             use_cache=past is not None,
-            logits_to_keep=at,
-        ).logits[0]
-        return (nn.functional.cross_entropy(logits.float(), wanted, reduction="none") * weights).sum()
+            logits_to_keep=kept,
+        ).logits
+        losses = [
+            nn.functional.cross_entropy(own[torch.searchsorted(kept, row.at)].float(), row.wanted, reduction="none")
+            for own, row in zip(logits, rows)
+        ]
+        questions = sum(len(own) for own in branches)
+        return (torch.cat(losses) * torch.cat([row.weights for row in rows])).sum() / questions
 
     def _taught(self, visits: Sequence[Sequence[Example]]) -> tuple[list[int], list[list[_Branch]]]:
         chat = self.mllm.chat
@@ -86,74 +121,49 @@ class Branches:
         return heads[0], branches
 
     @torch.no_grad()
-    def _read(self, ids: list[int]) -> tuple[int, Any]:
-        """How many words stand before the image, and their keys and values; a copy, since a forward adds to what it is given."""
+    def _read(self, ids: list[int], times: int) -> tuple[int, Any]:
+        """How many words stand before the images, and their keys and values for ``times`` rows; a copy, since a forward adds to it."""
         if not ids:
             return 0, None
         if self._begun[0] != ids:
             embeds = self.mllm.embed(ids, [])[None]
             past = self.mllm.lm.model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1).past_key_values
             self._begun = (list(ids), past)
-        return len(ids), copy.deepcopy(self._begun[1])
+        past = copy.deepcopy(self._begun[1])
+        past.batch_repeat_interleave(times)
+        return len(ids), past
 
-    def _laid_out(
-        self, images: Sequence[Tensor], branches: Sequence[Sequence[_Branch]], before: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeddings ``(L, D_lm)``, positions ``(L,)`` and the additive mask ``(L, before + L)``."""
-        lengths = [len(image) + sum(len(b.ids) for b in own) for image, own in zip(images, branches)]
-        device, total = self.mllm.device, sum(lengths)
-        longest = max(len(i) + max(len(b.ids) for b in own) for i, own in zip(images, branches))
-        self.mllm.check_room(before + longest)
-        open_ = torch.zeros(total, before + total, dtype=torch.bool, device=device)
-        open_[:, :before] = True
-        places = torch.empty(total, dtype=torch.long, device=device)
-        pieces, start = [], 0
-        for image, own in zip(images, branches):
-            behind = start + len(image)
-            places[start:behind] = torch.arange(before, before + len(image), device=device)
-            _see_back(open_, before, start, behind)
-            pieces.append(image)
-            at = behind
-            for branch in own:
-                end = at + len(branch.ids)
-                first = before + len(image)
-                places[at:end] = torch.arange(first, first + end - at, device=device)
-                open_[at:end, before + start : before + behind] = True
-                _see_back(open_, before, at, end)
-                pieces.append(self.mllm.embed(branch.ids, []))
-                at = end
-            start = at
-        dtype = self.mllm.lm.dtype
-        mask = torch.zeros(open_.shape, dtype=dtype, device=device).masked_fill_(~open_, torch.finfo(dtype).min)
-        return torch.cat(pieces), places, mask
-
-    def _answers(
-        self, images: Sequence[Tensor], branches: Sequence[Sequence[_Branch]]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens of all answers, the weight of each, and the position whose logits guess it."""
-        wanted: list[int] = []
-        weights: list[float] = []
-        at: list[int] = []
-        start, count = 0, sum(len(own) for own in branches)
-        for image, own in zip(images, branches):
-            start += len(image)
-            for branch in own:
-                taught = [n for n, label in enumerate(branch.labels) if label != IGNORE]
-                wanted += [branch.labels[n] for n in taught]
-                weights += [1 / (count * len(taught))] * len(taught)
-                at += [start + n - 1 for n in taught]
-                start += len(branch.ids)
-        device = self.mllm.device
-        return (
+    def _row(self, image: Tensor, branches: Sequence[_Branch], before: int) -> _Row:
+        """An image and its branches, one behind the other."""
+        device, behind = self.mllm.device, len(image)
+        total = behind + sum(len(branch.ids) for branch in branches)
+        self.mllm.check_room(before + behind + max(len(branch.ids) for branch in branches))
+        open_ = torch.zeros(total, total, dtype=torch.bool, device=device)
+        open_[:, :behind] = True
+        _see_back(open_, 0, behind)
+        places = list(range(behind))
+        pieces, at, wanted, weights = [image], [], [], []
+        start = behind
+        for branch in branches:
+            end = start + len(branch.ids)
+            _see_back(open_, start, end)
+            places += range(behind, behind + end - start)
+            pieces.append(self.mllm.embed(branch.ids, []))
+            taught = [n for n, label in enumerate(branch.labels) if label != IGNORE]
+            at += [start + n - 1 for n in taught]
+            wanted += [branch.labels[n] for n in taught]
+            weights += [1 / len(taught)] * len(taught)
+            start = end
+        return _Row(
+            torch.cat(pieces),
+            torch.tensor(places, device=device) + before,
+            open_,
+            torch.tensor(at, device=device),
             torch.tensor(wanted, device=device),
             torch.tensor(weights, device=device),
-            torch.tensor(at, device=device),
         )
 
 
-def _see_back(open_: Tensor, before: int, start: int, end: int) -> None:
+def _see_back(open_: Tensor, start: int, end: int) -> None:
     """Positions ``start`` to ``end`` see themselves and those of them that come before."""
-    count = end - start
-    open_[start:end, before + start : before + end] = torch.ones(
-        count, count, dtype=torch.bool, device=open_.device
-    ).tril()
+    open_[start:end, start:end] = torch.ones(end - start, end - start, dtype=torch.bool, device=open_.device).tril()

@@ -76,7 +76,7 @@ class PerceptionProbe(Protocol):
     weight_decay: float = 0.0
     batch: int = 4
     turns: int = 8
-    epochs: float = 1.0
+    epochs: float = 2.0
     train_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:

@@ -346,6 +346,8 @@ def test_both_stages_from_the_command_line(talks, tmp_path, capsys):
         (["--stage", "3", *parts], "no such stage"),
         (["--stage", "1"], "no model is given"),
         (["--stage", "2", "--start", str(tmp_path)], "no finished training"),
+        (["--stage", "2", "--start", str(first), "--projector", "linear"], "--projector says what a model is made of"),
+        (["--stage", "2", "--start", str(first), *parts], "--start is a whole one"),
         (["--stage", "1", *parts, "--set", "rate=3"], "no such field"),
         (["--stage", "1", *parts, "--set", "batch=many"], "does not fit"),
     ):
