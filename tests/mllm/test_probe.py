@@ -100,7 +100,7 @@ def test_schedule_walks_every_epoch_once():
         {"weight_decay": 0.1},
         {"batch": 1},
         {"turns": 2},
-        {"epochs": 2},
+        {"epochs": 3},
         {"prompt": 3},
         {"prompt_lr": 0.1},
         {"align_epochs": 0},
