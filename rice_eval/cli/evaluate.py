@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rice_eval.cli.engine import ENGINE, THEIRS, other_engine
+from rice_eval.cli.shown import show_results
 from rice_eval.environment import launched
 from rice_eval.errors import UsageError
 
 if TYPE_CHECKING:
     from rice_eval.run import Result
 
-__all__ = ["folders", "pairs", "refuse_given", "register", "show_results"]
+__all__ = ["folders", "pairs", "refuse_given", "register"]
 
 Encoders = Annotated[
     list[str], typer.Option("--encoder", "-e", help="Encoder: NAME, NAME@WEIGHTS, or ADAPTER:REFERENCE. Repeatable.")
@@ -390,46 +391,3 @@ def folders(items: list[str] | None) -> Path | dict[str, Path] | None:
     if len(named) != len(items):
         raise UsageError("--data is given several times without names", "write --data DATASET=DIR for each")
     return {item.partition("=")[0]: Path(item.partition("=")[2]) for item in items}
-
-
-def show_results(results: list[Result], as_json: bool) -> None:
-    """Print records: one table a comparability key, or JSON lines."""
-    if as_json:
-        for result in results:
-            line = {
-                "encoder": result.record.encoder.name,
-                "task": result.record.task.name,
-                "protocol": result.record.protocol.id,
-                "metric": result.record.metric,
-                "metrics": {name: m.model_dump() for name, m in result.record.metrics.items()},
-                "key": result.record.comparability_key,
-                "record": str(result.path),
-            }
-            typer.echo(json.dumps(line, sort_keys=True))
-        return
-    from rice_eval.cli.tables import print_table
-
-    by_key: dict[str, list[Result]] = {}
-    for result in results:
-        by_key.setdefault(result.record.comparability_key, []).append(result)
-    for group in by_key.values():
-        first = group[0].record
-        best_first = first.metrics[first.metric].higher_is_better
-        group.sort(key=lambda r: r.record.metrics[r.record.metric].value, reverse=best_first)
-        rows = []
-        for r in group:
-            record = r.record
-            row: dict[str, Any] = {"encoder": record.encoder.name}
-            for name, m in sorted(record.metrics.items(), key=lambda item: item[0] != record.metric):
-                interval = f" [{m.low:.1f}, {m.high:.1f}]" if m.low is not None and m.high is not None else ""
-                row[name] = f"{m.value:.2f}" + interval
-            row["layers"] = ",".join(map(str, record.layers))
-            row["seconds"] = f"{record.seconds['total']:.1f}"
-            row["forwards"] = record.cost.forwards
-            rows.append(row)
-        print_table(rows, title=f"{first.task.name} · {first.protocol.id} · {first.view}")
-        for r in group:
-            if r.record.skipped:
-                named = ", ".join(r.record.skipped[:3]) + (", …" if len(r.record.skipped) > 3 else "")
-                typer.echo(f"{r.record.encoder.name}: {len(r.record.skipped)} unreadable images were left out: {named}")
-        typer.echo()

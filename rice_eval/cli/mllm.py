@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from rice_eval.cli.evaluate import pairs, refuse_given, show_results
+from rice_eval.cli.evaluate import pairs, refuse_given
 from rice_eval.cli.mllm_train import llava
+from rice_eval.cli.shown import show_results
 from rice_eval.errors import UsageError
 
 __all__ = ["register"]

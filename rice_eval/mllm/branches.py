@@ -88,7 +88,7 @@ class Branches:
             open_[n, size:, before + size :] |= not before
         mask = torch.zeros(open_.shape, dtype=dtype, device=open_.device).masked_fill_(~open_, torch.finfo(dtype).min)
         # Logits of the positions that some row answers at, and of no other: a vocabulary's width each.
-        kept = torch.cat([row.at for row in rows]).unique()
+        kept = torch.cat([row.at for row in rows]).unique()  # type: ignore[no-untyped-call]
         logits = self.mllm.lm.model(
             inputs_embeds=nn.utils.rnn.pad_sequence([row.embeds for row in rows], batch_first=True),
             position_ids=nn.utils.rnn.pad_sequence([row.places for row in rows], batch_first=True),
