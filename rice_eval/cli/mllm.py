@@ -116,7 +116,7 @@ def evaluate(
             encoder,
             names,
             recipe=recipe,
-            settings={"lm": lm, **pairs("--set", setting)},
+            settings=_settings(context, lm, pairs("--set", setting)),
             judge=judge,
             lmms_python=lmms_python,
             results=results,
@@ -135,6 +135,13 @@ def evaluate(
         for label, path in publish(results).items():
             if not as_json:
                 typer.echo(f"{label}: {path}")
+
+
+def _settings(context: typer.Context, lm: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the recipe: ``--lm`` and those of ``--set``, which may name it instead, but not as well."""
+    if "lm" in given:
+        refuse_given(context, ("lm",), "and --set lm= both name a language model")
+    return {"lm": lm, **given}
 
 
 def task(

@@ -80,9 +80,13 @@ def words_of(regions: Sequence[Sequence[Region]], lm: LanguageModel) -> Words:
             f"the training split has no two words that are said of {_SEEN} regions each",
             "choose a dataset with described regions, or --set align_epochs=0",
         )
-    table = lm.model.get_input_embeddings().weight.detach()
-    rows = [table[lm.tokenizer(f" {name}", add_special_tokens=False).input_ids].float().mean(0) for name in names]
-    return Words(names, torch.stack(rows))
+    return Words(names, torch.stack([lm.words(_pieces(lm, name)).mean(0) for name in names]))
+
+
+def _pieces(lm: LanguageModel, name: str) -> list[int]:
+    """Tokens of a word inside a sentence, without a piece that is a space alone (sentencepiece's, before a word that stands first)."""
+    ids: list[int] = lm.tokenizer(f" {name}", add_special_tokens=False).input_ids
+    return [i for i in ids if lm.tokenizer.decode([i]).strip()] or ids
 
 
 def coverage(box: tuple[float, float, float, float], side: int) -> Tensor:
@@ -163,6 +167,8 @@ def align(
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]):
+                raise DataError(f"the alignment's loss is {losses[-1]} at step {step + 1}", "lower --set align_lr")
             step += 1
             advance(1)
         curve.append(sum(losses) / len(losses))

@@ -8,6 +8,7 @@ image and itself, at the positions it would have alone, and none of the others.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rice_eval.errors import UsageError
+from rice_eval.adapters.tower import first_line
+from rice_eval.errors import PlanError, UsageError
 from rice_eval.mllm.chat import IGNORE
 from rice_eval.mllm.conversation import Example
 from rice_eval.mllm.model import Mllm
 
 __all__ = ["Branches"]
+
+_APART = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+"""How far apart two losses may lie, relative: rounding of sums in another order gives 1e-5 and, in bfloat16, 0.5 %."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,40 @@ class Branches:
     def __init__(self, mllm: Mllm) -> None:
         self.mllm = mllm
         self._begun: tuple[list[int], Any] = ([], None)
+        self._window = _window_of(mllm.lm.model.config.get_text_config())
+
+    def check(self, visit: Sequence[Example]) -> None:
+        """Hold the loss of one visit to that of its questions alone: not every language model can read branches.
+
+        Args:
+            visit: two questions or more about one image.
+
+        Raises:
+            PlanError: the language model takes no positions (alibi, state-space models), fails, or gives another loss.
+        """
+        lm = self.mllm.lm
+        cannot = f"language model '{lm.name}' ({type(lm.model).__name__}) can't read several questions behind one image"
+        choose = (
+            "choose one with rotary or learned positions and a cache of keys and values, such as SmolLM2, Qwen or Llama"
+        )
+        if "position_ids" not in inspect.signature(lm.model.forward).parameters:
+            raise PlanError(f"{cannot} (it takes no position_ids)", choose)
+        try:
+            with torch.no_grad():
+                together = float(self.loss([visit]))
+                alone = sum(float(self.mllm.loss([example])) for example in visit) / len(visit)
+        except (
+            AttributeError,
+            IndexError,
+            KeyError,
+            NotImplementedError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            raise PlanError(f"{cannot} ({type(error).__name__}: {first_line(error)})", choose) from error
+        if not abs(together - alone) <= _APART[lm.dtype] * abs(alone):
+            raise PlanError(f"{cannot} (loss {together:.4g}, one by one {alone:.4g})", choose)
 
     def loss(self, visits: Sequence[Sequence[Example]]) -> Tensor:
         """Mean over all questions of the mean cross-entropy of an answer's tokens (and what ends it): a long answer counts like
@@ -138,6 +177,12 @@ class Branches:
         device, behind = self.mllm.device, len(image)
         total = behind + sum(len(branch.ids) for branch in branches)
         self.mllm.check_room(before + behind + max(len(branch.ids) for branch in branches))
+        if self._window is not None and before + total > self._window:
+            raise PlanError(
+                f"language model '{self.mllm.lm.name}' sees {self._window} positions back; an image with its questions has "
+                f"{before + total}",
+                "lower --set turns or --set side, or choose another language model",
+            )
         open_ = torch.zeros(total, total, dtype=torch.bool, device=device)
         open_[:, :behind] = True
         _see_back(open_, 0, behind)
@@ -162,6 +207,15 @@ class Branches:
             torch.tensor(wanted, device=device),
             torch.tensor(weights, device=device),
         )
+
+
+def _window_of(config: Any) -> int | None:
+    """Positions that a language model of local attention sees back; None where all layers see everything."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    local = kinds is None or any("sliding" in str(kind) for kind in kinds)
+    used = getattr(config, "use_sliding_window", True)
+    return int(window) if isinstance(window, int) and local and used else None
 
 
 def _see_back(open_: Tensor, start: int, end: int) -> None:

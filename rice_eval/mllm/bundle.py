@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from rice_eval.adapters import load_encoder
@@ -20,8 +20,18 @@ from rice_eval.cards import first_problem
 from rice_eval.errors import CheckpointError
 from rice_eval.mllm.conversation import Encoded
 from rice_eval.mllm.lm import LanguageModel, load_lm
+from rice_eval.mllm.lm_identity import lm_identity
 from rice_eval.mllm.model import Mllm
-from rice_eval.mllm.probe import PooledProjector, load_projector, pool, projector_bytes, sha256_of
+from rice_eval.mllm.probe import (
+    MOST_PROMPT,
+    MOST_SIDE,
+    MOST_WIDTH,
+    PooledProjector,
+    load_projector,
+    pool,
+    projector_bytes,
+    sha256_of,
+)
 from rice_eval.mllm.tiling import Tiling
 from rice_eval.mllm.vqa import TEMPLATE
 from rice_eval.results.store import write_atomic, writing
@@ -44,13 +54,17 @@ _WEIGHTS = "projector.safetensors"
 _AGAIN = "train it again with rice-eval mllm"
 
 
+Side = Annotated[int, Field(gt=0, le=MOST_SIDE)]
+Width = Annotated[int, Field(gt=0, le=MOST_WIDTH)]
+
+
 class Bundle(BaseModel):
     """What ``mllm.yaml`` says.
 
     Attributes:
         encoder, weights: registry name, and the checkpoint that replaced its source (None: the source).
         encoder_sha256: fingerprint that the encoder must have.
-        lm, lm_sha256: the language model's name and fingerprint.
+        lm, lm_files: the language model's name, and what ``lm_identity`` says of its files.
         view, layers, norm, stored: how tokens are made, and the number format they were banked in.
         side, hidden, prompt, width_in, width_out: of the projector.
         projector_sha256: of its weights.
@@ -60,24 +74,24 @@ class Bundle(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: int = 3
+    format: Literal[3] = 3
     encoder: str
     weights: str | None = None
     encoder_sha256: str
     lm: str
-    lm_sha256: str
+    lm_files: str
     view: str
     layers: tuple[int, ...]
     norm: bool
-    stored: str
-    side: int
-    hidden: int
-    prompt: int
-    width_in: int
-    width_out: int
+    stored: Literal["fp16", "bf16", "fp32", "int8"]
+    side: Side
+    hidden: Width
+    prompt: Annotated[int, Field(ge=0, le=MOST_PROMPT)]
+    width_in: Width
+    width_out: Width
     projector_sha256: str
     template: str
-    tuned: tuple[str, ...] = ("projector",)
+    tuned: Annotated[tuple[str, ...], Field(min_length=1)] = ("projector",)
 
 
 def bundle_files(bundle: Bundle, projector: PooledProjector) -> dict[str, bytes]:
@@ -149,6 +163,7 @@ def load_bundle(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.fl
     told = read_manifest(folder)
     encoder = load_encoder(told.encoder, weights=Path(told.weights) if told.weights else None, device=device)
     _same(folder, "encoder", told.encoder, encoder.fingerprint, told.encoder_sha256)
+    _same(folder, "language model", told.lm, lm_identity(told.lm), told.lm_files)
     lm = load_lm(told.lm, dtype=dtype, device=device)
     shape: dict[str, Any] = {k: getattr(told, k) for k in ("width_in", "width_out", "side", "hidden", "prompt")}
     projector = load_projector(folder / _WEIGHTS, shape)

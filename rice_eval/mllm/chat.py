@@ -58,8 +58,13 @@ class Chat:
         tail = self.tokenizer(self._tail, add_special_tokens=False).input_ids if self._tail else []
         ends = {int(s) for s in stops}
         added = self.tokenizer.added_tokens_decoder
-        if tail and ((line and len(tail) == 1) or (tail[0] in added and added[tail[0]].special)):
+        if tail and tail[0] in added and added[tail[0]].special:
             ends.add(int(tail[0]))
+        if line:
+            # What ends a line inside a text: alone, sentencepiece puts a word's beginning before it.
+            last = self.learn(Example((Turn("user", "?"), Turn("assistant", _PROBE))))[1][-1]
+            if last != IGNORE and self.tokenizer.decode([last]) == "\n":
+                ends.add(last)
         if self.tokenizer.eos_token_id is not None:
             ends.add(int(self.tokenizer.eos_token_id))
         self.stops = tuple(sorted(ends))

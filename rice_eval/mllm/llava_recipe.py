@@ -22,6 +22,9 @@ Part = Literal["tower", "projector", "newline", "lm", "lm-lora"]
 PARTS: tuple[Part, ...] = ("tower", "projector", "newline", "lm", "lm-lora")
 
 
+_MOST_RATE = 1e3  # far above any that trains; beyond it float32 overflows
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything of a training that changes its result, besides model and data.
@@ -74,8 +77,20 @@ class Recipe:
             )
         if "lm" in self.tuned and "lm-lora" in self.tuned:
             raise UsageError(f"recipe '{self.name}' tunes the language model both in full and by LoRA", "choose one")
-        if min(self.lr, self.batch, self.max_length, self.epochs, self.clip) <= 0 or not 0 <= self.warmup < 1:
-            raise UsageError(f"recipe '{self.name}' has a number that can't be", "rates, sizes and counts are above 0")
+        rates = [rate for rate in (self.lr, self.tower_lr, self.projector_lr) if rate is not None]
+        sizes = (self.batch, self.max_length, self.epochs, self.clip, self.eps, self.lora_rank, self.lora_alpha)
+        fits = all(0 < rate <= _MOST_RATE for rate in rates) and all(0 < size < math.inf for size in sizes)
+        fits = fits and 0 <= self.warmup < 1 and 0 <= self.lora_dropout < 1 and 0 <= self.weight_decay <= _MOST_RATE
+        if (
+            not fits
+            or len(self.betas) != 2
+            or not all(0 <= beta < 1 for beta in self.betas)
+            or not 0 <= self.seed < 1 << 63
+        ):
+            raise UsageError(
+                f"recipe '{self.name}' has a number that can't be",
+                "rates, sizes and counts are above 0 and finite, weight_decay and the seed not below 0, betas two numbers below 1",
+            )
 
     def rate(self, step: int, steps: int) -> float:
         """Factor on the learning rates at ``step`` (from 0) of ``steps``, as transformers' ``cosine`` schedule."""

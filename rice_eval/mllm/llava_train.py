@@ -124,9 +124,8 @@ def train(
         facts["parts"] = dict(parts)
     set_seed(recipe.seed)
     if mllm.device.type == "cuda":
-        torch.cuda.set_device(
-            mllm.device
-        )  # where accelerate puts a single process; under torchrun it is the process's own
+        # Where accelerate puts a single process; under torchrun it is the process's own.
+        torch.cuda.set_device(mllm.device)
     try:
         accelerator = Accelerator(
             mixed_precision="bf16" if recipe.bf16 else "no",
@@ -169,6 +168,8 @@ def train(
                 on_step(progress.step, len(plan), loss)
             if progress.step % save_every == 0 and progress.step < len(plan):
                 _save(accelerator, out, progress.step, facts)
+        if not all(bool(p.isfinite().all()) for p in trainee.parameters() if p.requires_grad):
+            raise DataError("the trained model has weights that are not finite", "lower the rate")
     accelerator.wait_for_everyone()
     mllm.retuned(recipe)
     if accelerator.is_main_process:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,22 @@ class LanguageModel:
         """Of the weights."""
         found: torch.dtype = self.model.get_input_embeddings().weight.dtype
         return found
+
+    @torch.no_grad()
+    def words(self, ids: Sequence[int]) -> torch.Tensor:
+        """``(n, width)`` in float32: tokens as the model's own embedding gives them, which some scale after the look-up."""
+        table = self.model.get_input_embeddings()
+        found: torch.Tensor = table(torch.tensor(list(ids), dtype=torch.long, device=table.weight.device)).float()
+        return found
+
+    @torch.no_grad()
+    def word_size(self) -> torch.Tensor:
+        """Root mean square of all words' embeddings, a scalar."""
+        table = self.model.get_input_embeddings().weight
+        some = table[:64].float()
+        scale = self.words(range(len(some))).square().mean() / some.square().mean()
+        size: torch.Tensor = table.float().square().mean().sqrt()
+        return size if bool(scale == 1) else size * scale.sqrt()
 
     @property
     def context(self) -> int | None:

@@ -27,6 +27,9 @@ from rice_eval.probes.linear import warmup_cosine
 from rice_eval.probes.training_state import TrainingState
 
 __all__ = [
+    "MOST_PROMPT",
+    "MOST_SIDE",
+    "MOST_WIDTH",
     "PooledProjector",
     "Schedule",
     "Trained",
@@ -40,6 +43,9 @@ __all__ = [
 ]
 
 _CLIP = 1.0  # gradient norm; the customary value of LLaVA's recipes (Trainer's max_grad_norm)
+MOST_SIDE, MOST_PROMPT, MOST_WIDTH = 64, 4096, 65_536
+"""Bounds of sizes: more cells, learned embeddings or channels than any language model here could take."""
+
 _WARMUP = 0.03  # share of the steps; as LLaVA's stage 1 (arXiv 2310.03744, table 9)
 
 
@@ -83,13 +89,13 @@ class PooledProjector(Projector):
         self.size: Tensor
         self.register_buffer("size", torch.ones(()))
 
-    def start(self, tokens: Iterable[Tensor], embeddings: Tensor, prompt: Sequence[int]) -> None:
-        """Take mean and scale from the training set's pooled tokens; from the words' embeddings an output's size and the prompt.
+    def start(self, tokens: Iterable[Tensor], size: Tensor, prompt: Tensor) -> None:
+        """Take mean and scale from the training set's pooled tokens, an output's size and the prompt from the language model's words.
 
         Args:
             tokens: ``(n, D)`` each, pooled; walked once.
-            embeddings: ``(V, D_lm)`` the language model's input embeddings.
-            prompt: ids of the words that the prompt begins as; said over and over where they are too few.
+            size: root mean square of the words' embeddings, a scalar.
+            prompt: ``(n, D_lm)`` words that the prompt begins as; said over and over where they are too few.
 
         Raises:
             DataError: no tokens.
@@ -105,10 +111,9 @@ class PooledProjector(Projector):
         self.mean.copy_(mean)
         # A channel that never moves stays as it is instead of being blown up.
         self.scale.copy_(torch.where(deviation > 1e-6, 1 / deviation.clamp_min(1e-6), torch.ones_like(deviation)))
-        self.size.copy_(embeddings.float().square().mean().sqrt())
-        said = [prompt[k % len(prompt)] for k in range(len(self.prompt))]
+        self.size.copy_(size)
         with torch.no_grad():
-            self.prompt.copy_(embeddings[said].float() / self.size)
+            self.prompt.copy_(prompt[torch.arange(len(self.prompt)) % len(prompt)].to(self.size) / self.size)
 
     def grid_out(self, grid: tuple[int, int]) -> tuple[int, int]:
         """``(side, side)``, whatever the grid: the cells, without the prompt."""
@@ -163,13 +168,13 @@ class Schedule:
         """Of the peak rate at ``step``, from 0."""
         return warmup_cosine(step, steps, max(1, math.ceil(_WARMUP * steps)))
 
-    def batch_at(self, step: int, images: int) -> list[int]:
-        """Positions of the images of ``step``: every epoch is a permutation of its own, so that a resumed run sees the same."""
+    def batch_at(self, step: int, images: int) -> list[tuple[int, int]]:
+        """Epoch and position of each image of ``step``: every epoch is a permutation of its own, so that a resumed run sees the same."""
         out = []
         for k in range(step * self.batch, (step + 1) * self.batch):
             epoch, place = divmod(k, images)
             order = torch.randperm(images, generator=generator(self.seed, 1, epoch))
-            out.append(int(order[place]))
+            out.append((epoch, int(order[place])))
         return out
 
 
@@ -181,7 +186,7 @@ def generator(*parts: int) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Trained:
-    """What training left: mean loss of each window of steps ``(last step, loss)``, steps, tokens learned from, and whether it resumed."""
+    """What training left: mean loss of each window of steps ``(last step, loss)``, steps, and the step it went on from (0: none)."""
 
     curve: tuple[tuple[float, float], ...]
     steps: int
@@ -241,16 +246,18 @@ def fit(
     if saved is None:
         begin()
     else:
-        projector.load_state_dict(saved["projector"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first, curve, pending = saved["step"], [tuple(point) for point in saved["curve"]], saved["pending"]
+        try:
+            projector.load_state_dict(saved["projector"])
+            optimizer.load_state_dict(saved["optimizer"])
+            first, curve, pending = saved["step"], [tuple(point) for point in saved["curve"]], saved["pending"]
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{state.path}: is no state of this training", "delete it to start over") from error
     projector.train()
     projector.layers.requires_grad_(not aligned)
     advance(first)
     for step in range(first, steps):
         picked = schedule.batch_at(step, len(tokens))
-        visit = step * schedule.batch // len(tokens)
-        visits = [visit_of(dialogues[k], schedule, visit, k, Encoded(tokens[k], (side, side))) for k in picked]
+        visits = [visit_of(dialogues[k], schedule, epoch, k, Encoded(tokens[k], (side, side))) for epoch, k in picked]
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate * schedule.factor(step, steps)
         optimizer.zero_grad(set_to_none=True)
@@ -269,6 +276,8 @@ def fit(
         kept = {"step": step + 1, "projector": projector.state_dict(), "optimizer": optimizer.state_dict()}
         kept |= {"curve": [list(point) for point in curve], "pending": pending}
         state.save(kept, force=step + 1 == steps)
+    if not all(bool(p.isfinite().all()) for p in projector.parameters()):
+        raise DataError("the trained projector has weights that are not finite", "lower --set lr and prompt_lr")
     projector.eval()
     return Trained(tuple(curve), steps, first)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,7 +19,7 @@ from rice_eval.errors import PlanError
 from rice_eval.mllm.lm_identity import lm_identity
 from rice_eval.probes.training_state import TrainingState
 from rice_eval.protocols.base import Context, Outcome, Protocol
-from rice_eval.views import Frame
+from rice_eval.views import Frame, View
 
 if TYPE_CHECKING:
     from rice_eval.mllm.align import Region
@@ -28,7 +28,22 @@ if TYPE_CHECKING:
 
 __all__ = ["PerceptionProbe"]
 
-_POSITIVE = ("blocks", "side", "hidden", "align_lr", "lr", "prompt_lr", "batch", "epochs", "turns")
+_BOUNDS = {
+    "blocks": (1, 1000),
+    "side": (1, 64),
+    "hidden": (1, 65_536),
+    "prompt": (0, 4096),
+    "align_epochs": (0, 100_000),
+    "align_lr": (1e-12, 1e3),
+    "lr": (1e-12, 1e3),
+    "prompt_lr": (1e-12, 1e3),
+    "weight_decay": (0.0, 1e3),
+    "batch": (1, 4096),
+    "turns": (1, 1_000_000),
+    "epochs": (1e-9, 1e6),
+}
+"""Least and most of every number: beyond them torch overflows, or a run never ends."""
+
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -80,12 +95,10 @@ class PerceptionProbe(Protocol):
     train_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in _POSITIVE and not value > 0:
-                raise ValueError(f"{field.name} is {value}, not above 0")
-            if field.name in ("align_epochs", "prompt") and value < 0:
-                raise ValueError(f"{field.name} is {value}, below 0")
+        for name, (least, most) in _BOUNDS.items():
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise ValueError(f"{name} is {value}, not from {least:g} to {most:g}")
         if self.train_dtype not in _TYPES:
             raise ValueError(f"train_dtype '{self.train_dtype}' is neither float32 nor bfloat16")
 
@@ -108,24 +121,27 @@ class PerceptionProbe(Protocol):
         from rice_eval.mllm.probe import Schedule as Rates
         from rice_eval.mllm.vqa import PROMPT, dialogues
 
+        if View.parse(self.view).stride:
+            raise PlanError(f"view '{self.view}' gives several windows", "choose one without slide, e.g. square=224")
         layers = self.layers(context.facts)
         start = time.perf_counter()
         device = str(context.device)
         trained_with = load_lm(self.lm, dtype=_TYPES[self.train_dtype], device=device)
         seconds = {"language model": time.perf_counter() - start}
+        width = sum(context.facts.widths[layer - 1] for layer in layers)
+        projector = PooledProjector(width, trained_with.width, self.side, self.hidden, self.prompt, self.seed)
+        projector.to(context.device)
+        mllm = assemble(context.encoder(), trained_with, projector, layers, self.norm, self.view)
+        self._check_branches(mllm)
         start = time.perf_counter()
         frames: dict[int, Frame] = {}
         train = self._pooled(context, "train", layers, frames.__setitem__)
         told = dialogues(context.train, captions=False)
         said = [told[i] for i in train]
         regions = [regions_of(told[i].regions, frames[i]) for i in train]
-        width = sum(context.facts.widths[layer - 1] for layer in layers)
-        projector = PooledProjector(width, trained_with.width, self.side, self.hidden, self.prompt, self.seed).to(
-            context.device
-        )
         tokens = list(train.values())
-        begins = trained_with.tokenizer(PROMPT, add_special_tokens=False).input_ids
-        projector.start(tokens, trained_with.model.get_input_embeddings().weight, begins)
+        begins = trained_with.words(trained_with.tokenizer(PROMPT, add_special_tokens=False).input_ids)
+        projector.start(tokens, trained_with.word_size(), begins)
         rates = Rates(self.lr, self.prompt_lr, self.weight_decay, self.batch, self.epochs, self.turns, self.seed)
         facts = {
             "encoder": context.facts.sha256,
@@ -134,7 +150,6 @@ class PerceptionProbe(Protocol):
             "device": context.device.type,
         }
         state = TrainingState(context.scratch, "projector", facts)
-        mllm = assemble(context.encoder(), trained_with, projector, layers, self.norm, self.view)
         fitted = fit(
             mllm,
             tokens,
@@ -167,11 +182,25 @@ class PerceptionProbe(Protocol):
             },
             layers=layers,
             seconds=seconds,
-            warnings=(f"resumed at step {fitted.resumed_at}",) if fitted.resumed_at else (),
+            warnings=_resumed(fitted.resumed_at, fitted.steps),
             judge=judged["judge"],
             losses=fitted.curve,
             files=judged["files"],
         )
+
+    def _check_branches(self, mllm: Any) -> None:
+        """Refuse a language model that can't be trained this way before any image is looked at."""
+        from rice_eval.mllm.branches import Branches
+        from rice_eval.mllm.conversation import Encoded, Example, Turn
+
+        tokens = torch.randn(self.side**2, mllm.projector.width_in, generator=torch.Generator().manual_seed(0))
+        image = Encoded(tokens, (self.side, self.side))
+        asked = (
+            ("Is there a dog in the image?", "No"),
+            ("What does the sign say?", "open all night"),
+            ("How many?", "2"),
+        )
+        Branches(mllm).check([Example((Turn("user", q), Turn("assistant", a)), (image,)) for q, a in asked])
 
     def _align(
         self,
@@ -210,10 +239,8 @@ class PerceptionProbe(Protocol):
         out = {}
         for image in _images(reader):
             grids = {image.grids[layer][0] for layer in layers}
-            if len(image.frames) != 1 or len(grids) != 1:
-                raise PlanError(
-                    f"view '{self.view}' gives several windows", "choose one without slide, e.g. square=224"
-                )
+            if len(grids) != 1:
+                raise PlanError(f"layers {', '.join(map(str, layers))} have different grids", "--set blocks=1")
             tokens = torch.cat([image.patches[layer][0] for layer in layers], dim=-1)
             out[image.index] = _on_cells(tokens, next(iter(grids)), self.side)
             note(image.index, image.frames[0])
@@ -235,7 +262,7 @@ class PerceptionProbe(Protocol):
             weights=str(context.weights) if context.weights is not None else None,
             encoder_sha256=context.facts.sha256,
             lm=self.lm,
-            lm_sha256=mllm.lm.fingerprint,
+            lm_files=lm_identity(self.lm),
             view=self.view,
             layers=layers,
             norm=self.norm,
@@ -282,12 +309,18 @@ class PerceptionProbe(Protocol):
         }
 
 
+def _resumed(step: int, steps: int) -> tuple[str, ...]:
+    if step == steps:
+        return ("the projector was trained before, and kept",)
+    return (f"resumed at step {step}",) if step else ()
+
+
 def _images(reader: TokenReader) -> Any:
     return iter(reader)
 
 
 def _on_cells(tokens: Tensor, grid: tuple[int, int], side: int) -> Tensor:
-    """``(h*w, D)`` of the bank -> ``(side*side, D)`` in half precision where the bank is."""
+    """``(h*w, D)`` of the bank -> ``(side*side, D)`` in float32."""
     from rice_eval.mllm.probe import pool
 
     return pool(tokens.float()[None], grid, side)[0]

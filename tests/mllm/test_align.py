@@ -60,7 +60,7 @@ def test_words_lie_where_the_language_model_has_them():
     words = words_of(regions, lm)
     assert words.names == ("car", "red")
     table = lm.model.get_input_embeddings().weight
-    torch.testing.assert_close(words.embeddings[0], table[lm.tokenizer(" car").input_ids].mean(0))
+    torch.testing.assert_close(words.embeddings[0], table[lm.tokenizer("car").input_ids].mean(0))
     with pytest.raises(DataError, match="no two words"):
         words_of(regions[:3], lm)
 
@@ -86,7 +86,7 @@ def test_embeddings_come_near_the_words_of_what_they_lie_on():
 
     def trained():
         projector = PooledProjector(12, lm.width, side, 32, 2, 0)
-        projector.start(tokens, lm.model.get_input_embeddings().weight, [0])
+        projector.start(tokens, lm.word_size(), lm.words([0]))
         return projector, align(projector, tokens, regions, words, epochs=30, lr=3e-3, seed=0)
 
     projector, losses = trained()

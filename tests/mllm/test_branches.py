@@ -10,7 +10,7 @@ from rice_eval.errors import PlanError, UsageError
 from rice_eval.mllm.branches import Branches
 from rice_eval.mllm.bundle import assemble
 from rice_eval.mllm.conversation import Encoded, Example, Turn
-from rice_eval.mllm.lm import tiny_random
+from rice_eval.mllm.lm import LanguageModel, tiny_random
 from rice_eval.mllm.probe import PooledProjector
 from rice_eval.mllm.vqa import TEMPLATE
 
@@ -22,7 +22,7 @@ def _model(template: str = TEMPLATE):
     lm = tiny_random()
     projector = PooledProjector(encoder.facts.widths[0], lm.width, SIDE, 16, 4, seed=1)
     tokens = [torch.randn(SIDE * SIDE, encoder.facts.widths[0]) for _ in range(3)]
-    projector.start(tokens, lm.model.get_input_embeddings().weight, [5, 6])
+    projector.start(tokens, lm.word_size(), lm.words([5, 6]))
     return assemble(encoder, lm, projector, (1,), False, "square=224", template), tokens
 
 
@@ -76,3 +76,51 @@ def test_what_is_longer_than_the_context_is_refused():
     mllm, tokens = _model()
     with pytest.raises(PlanError, match="has room for"):
         Branches(mllm).loss([_visit(tokens[0], ("x" * 20_000, "Yes"))])
+
+
+def _other(kind: str, **changes: object) -> LanguageModel:
+    """A tiny random language model of another class, with the tests' own tokenizer."""
+    import transformers
+
+    small = tiny_random()
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=len(small.tokenizer), **{**sizes, **changes})
+    torch.manual_seed(0)
+    return LanguageModel(kind, transformers.AutoModelForCausalLM.from_config(config).float(), small.tokenizer, "drawn")
+
+
+def _probe(lm: LanguageModel):
+    encoder = load_encoder("rgb-moments")
+    projector = PooledProjector(encoder.facts.widths[0], lm.width, SIDE, 16, 4, seed=1)
+    tokens = torch.randn(SIDE * SIDE, encoder.facts.widths[0])
+    projector.start([tokens], lm.word_size(), lm.words([5, 6]))
+    mllm = assemble(encoder, lm, projector, (1,), False, "square=224")
+    return mllm, _visit(tokens, ("Is there a dog?", "Yes"), ("What does the sign say?", "open"), ("How many?", "2"))
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Gemma"])
+def test_language_models_with_positions_and_a_cache_pass(kind: str):
+    mllm, visit = _probe(_other(kind, num_key_value_heads=2, **({"head_dim": 16} if kind == "Gemma" else {})))
+    Branches(mllm).check(visit)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "match"),
+    [
+        ("Mistral", {"num_key_value_heads": 2, "sliding_window": 300}, "sees 300 positions back"),
+        ("Mamba", {}, "takes no position_ids"),
+    ],
+)
+def test_language_models_that_can_not_read_branches_are_refused(kind: str, changes: dict[str, object], match: str):
+    mllm, visit = _probe(_other(kind, **changes))
+    with pytest.raises(PlanError, match=match):
+        Branches(mllm).check(visit)
+
+
+def test_words_are_as_large_as_the_language_model_reads_them():
+    """Gemma scales its embeddings after the look-up."""
+    for kind, factor in (("Llama", 1.0), ("Gemma", 8.0)):
+        lm = _other(kind, num_key_value_heads=2, **({"head_dim": 16} if kind == "Gemma" else {}))
+        table = lm.model.get_input_embeddings().weight
+        torch.testing.assert_close(lm.word_size(), factor * table.square().mean().sqrt(), rtol=1e-2, atol=0)
+        torch.testing.assert_close(lm.words([3, 4]), factor * table[[3, 4]], rtol=1e-2, atol=1e-6)

@@ -311,7 +311,25 @@ def test_images_that_can_not_be_opened_are_named(tmp_path):
         LlavaData(tmp_path / "data.jsonl", None)
 
 
-@pytest.mark.parametrize("change", [{"tuned": ()}, {"tuned": ("lm", "lm-lora")}, {"tuned": ("head",)}, {"lr": 0.0}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tuned": ()},
+        {"tuned": ("lm", "lm-lora")},
+        {"tuned": ("head",)},
+        {"lr": 0.0},
+        {"lr": float("nan")},
+        {"lr": float("inf")},
+        {"tower_lr": -1.0},
+        {"projector_lr": 0.0},
+        {"weight_decay": -1.0},
+        {"betas": (0.9,)},
+        {"betas": (2.0, 3.0)},
+        {"seed": -1},
+        {"clip": float("nan")},
+    ],
+    ids=str,
+)
 def test_recipes_that_can_not_be(change):
     with pytest.raises(UsageError):
         replace(STAGE1, **change)

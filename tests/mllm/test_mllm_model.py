@@ -383,3 +383,21 @@ def test_a_real_small_language_model_answers(encoder):
     assert "4" in model.generate([Request("What is 2+2?")], 24)[0]
     asked = [Request("What is 2+2?"), Request("What colour is it?", (picture(60, 60),)), Request("Name a fruit.")]
     assert model.generate(asked, 12, 3) == model.generate(asked, 12, 1)
+
+
+def test_a_line_ends_where_sentencepiece_has_its_newline():
+    """Llama 2's tokenizer puts a word's beginning before a newline that stands alone, not before one behind a word."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    from rice_eval.mllm.chat import Chat
+    from rice_eval.mllm.vqa import TEMPLATE
+
+    letters = [chr(c) for c in range(33, 127)] + ["\u2581", "\n", "</s>", "<unk>", "…", "’"]
+    base = Tokenizer(models.BPE(vocab={c: n for n, c in enumerate(letters)}, merges=[], unk_token="<unk>"))
+    base.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    base.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=base, eos_token="</s>", unk_token="<unk>")
+    assert len(tokenizer("\n", add_special_tokens=False).input_ids) == 2
+    chat = Chat(tokenizer, template=TEMPLATE)
+    assert set(chat.stops) == {letters.index("\n"), letters.index("</s>")}

@@ -42,7 +42,7 @@ def test_projector_standardises_and_speaks_at_the_size_of_words():
     projector = PooledProjector(5, 8, 2, 16, 3)
     rows = [torch.randn(4, 5) * torch.tensor([1.0, 10, 100, 0.1, 0]) + 3 for _ in range(20)]
     table = torch.randn(50, 8) * 0.2
-    projector.start(rows, table, [7, 9])
+    projector.start(rows, table.square().mean().sqrt(), table[[7, 9]])
     everything = torch.cat(rows)
     assert torch.allclose(projector.mean, everything.mean(0), atol=1e-3)
     assert torch.allclose(projector.scale[:4], 1 / everything.std(0, unbiased=False)[:4], rtol=1e-3)
@@ -55,7 +55,7 @@ def test_projector_standardises_and_speaks_at_the_size_of_words():
 
 def test_projector_needs_tokens():
     with pytest.raises(DataError, match="no training image"):
-        PooledProjector(5, 8, 2, 16, 3).start([], torch.zeros(3, 8), [0])
+        PooledProjector(5, 8, 2, 16, 3).start([], torch.ones(()), torch.zeros(1, 8))
 
 
 def test_projector_survives_its_file(tmp_path: Path):
@@ -79,7 +79,9 @@ def test_schedule_walks_every_epoch_once():
     rates = Schedule(1e-3, 0.03, 0.0, 4, 2.0, 8, 0)
     steps = rates.steps(10)
     assert steps == 5
-    walked = [k for step in range(steps) for k in rates.batch_at(step, 10)]
+    told = [place for step in range(steps) for place in rates.batch_at(step, 10)]
+    assert [epoch for epoch, _ in told] == [0] * 10 + [1] * 10
+    walked = [k for _, k in told]
     assert sorted(walked[:10]) == sorted(walked[10:]) == list(range(10))
     assert walked[:10] != walked[10:]
     factors = [rates.factor(s, 100) for s in range(100)]
@@ -120,7 +122,21 @@ def test_every_field_is_in_the_hash(change: dict[str, object], monkeypatch: pyte
 
 
 def test_fields_out_of_range_are_refused():
-    for bad in ({"side": 0}, {"lr": -1.0}, {"prompt": -1}, {"align_epochs": -1}, {"train_dtype": "float16"}):
+    for bad in (
+        {"side": 0},
+        {"side": 10**6},
+        {"lr": -1.0},
+        {"lr": float("inf")},
+        {"prompt_lr": 1e38},
+        {"prompt": -1},
+        {"prompt": 10**12},
+        {"hidden": 10**12},
+        {"align_epochs": -1},
+        {"weight_decay": float("nan")},
+        {"epochs": float("inf")},
+        {"batch": 10**12},
+        {"train_dtype": "float16"},
+    ):
         with pytest.raises(Exception, match="perception-probe"):
             configure(PerceptionProbe, {"view": "square=224", **bad})
 
@@ -181,9 +197,51 @@ def _bundle_and_gate(record: Path) -> None:
     before = [s["answer"] for s in logged if s["control"] == "" and s["image_id"] == "000000"]
     assert [s.answer for s in ask_all(mllm, asked(val), lambda index: shown)] == before
     manifest = yaml.safe_load((folder / "mllm.yaml").read_text())
+    for change, match in (
+        ({"lm_files": "0" * 16}, "language model 'tiny-random' is not the one of the training"),
+        ({"format": 2}, "format"),
+        ({"side": 0}, "side"),
+        ({"prompt": -1}, "prompt"),
+        ({"width_in": 10**12}, "width_in"),
+        ({"stored": "fp12"}, "stored"),
+        ({"tuned": []}, "tuned"),
+    ):
+        (folder / "mllm.yaml").write_text(yaml.safe_dump({**manifest, **change}))
+        with pytest.raises(CheckpointError, match=match):
+            load_bundle(folder)
     (folder / "mllm.yaml").write_text(yaml.safe_dump({**manifest, "encoder_sha256": "0" * 64}))
     with pytest.raises(CheckpointError, match="is not the one of the training"):
         load_bundle(folder)
+
+
+def test_a_projector_with_weights_that_are_not_finite_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from rice_eval.run import evaluate
+
+    step = torch.optim.AdamW.step
+
+    def blown(self, *arguments, **named):
+        step(self, *arguments, **named)
+        self.param_groups[-1]["params"][0].data.fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", blown)
+    with pytest.raises(DataError, match="not finite"):
+        evaluate(
+            ["rgb-moments"],
+            ["mllm/scenes-vqa"],
+            settings={
+                "lm": "tiny-random",
+                "side": 3,
+                "hidden": 16,
+                "train_dtype": "float32",
+                "align_epochs": 0,
+                "epochs": 0.5,
+            },
+            results=tmp_path / "r",
+            bank=tmp_path / "b",
+            limit_train=8,
+            limit_test=1,
+        )
+    assert not list((tmp_path / "r").rglob("perception-probe-*.json"))
 
 
 def test_several_windows_are_refused(tmp_path: Path):
