@@ -116,7 +116,7 @@ def _by_rank(boards: Sequence[Board]) -> Iterator[tuple[int, int, Row]]:
 def _board(page: _Page, board: Board, published: Sequence[Reference]) -> Plain:
     first = first_record(board)
     metrics = [row_metrics(board, row) for row in board.rows]
-    names = [board.metric, *sorted({name for found in metrics for name in found} - {board.metric})]
+    names = _ordered(board.metric, {name for found in metrics for name in found})
     per_class: dict[str, None] = {}
     for row in board.rows:
         for values in row.record.per_class.values():
@@ -163,12 +163,17 @@ def _board(page: _Page, board: Board, published: Sequence[Reference]) -> Plain:
     }
 
 
+def _ordered(main: str, names: set[str]) -> list[str]:
+    """The main metric, other readings of it (``blind_accuracy``, ``mask_ap``), then the rest: a table shows the first few."""
+    return [main, *sorted(names - {main}, key=lambda name: (not name.endswith(f"_{main}"), name))]
+
+
 def _metric(name: str, known: Sequence[Metric | None]) -> Plain:
     sample = next(m for m in known if m is not None)
     info = METRICS.get(name)
     return {
         "name": name,
-        "title": info.title if info else name,
+        "title": info.title if info else name.replace("_", " "),
         "unit": sample.unit,
         "higher": sample.higher_is_better,
         "value": [None if m is None else _short(m.value) for m in known],

@@ -185,3 +185,19 @@ def test_printed_numbers_stand_beside_the_board_and_never_in_it(tmp_path: Path) 
     for board in with_them["boards"]:
         board["printed"] = []
     assert with_them == without
+
+
+def test_controls_stand_next_to_the_metric_they_are_of():
+    from rice_eval.report.data import _metric, _ordered
+    from rice_eval.results.record import Metric
+
+    names = {
+        "accuracy",
+        "accuracy_box",
+        "accuracy_presence",
+        "mean_image_accuracy",
+        "blind_accuracy",
+        "blind_accuracy_box",
+    }
+    assert _ordered("accuracy", names)[:4] == ["accuracy", "blind_accuracy", "mean_image_accuracy", "accuracy_box"]
+    assert _metric("accuracy_box", [Metric(value=1.0)])["title"] == "accuracy box"
