@@ -22,16 +22,8 @@ from rice_eval.mllm.conversation import Encoded
 from rice_eval.mllm.lm import LanguageModel, load_lm
 from rice_eval.mllm.lm_identity import lm_identity
 from rice_eval.mllm.model import Mllm
-from rice_eval.mllm.probe import (
-    MOST_PROMPT,
-    MOST_SIDE,
-    MOST_WIDTH,
-    PooledProjector,
-    load_projector,
-    pool,
-    projector_bytes,
-    sha256_of,
-)
+from rice_eval.mllm.probe import PooledProjector, load_projector, pool, projector_bytes, sha256_of
+from rice_eval.mllm.sizes import MOST_PROMPT, MOST_SIDE, MOST_WIDTH
 from rice_eval.mllm.tiling import Tiling
 from rice_eval.mllm.vqa import TEMPLATE
 from rice_eval.results.store import write_atomic, writing

@@ -79,14 +79,15 @@ class Recipe:
             raise UsageError(f"recipe '{self.name}' tunes the language model both in full and by LoRA", "choose one")
         rates = [rate for rate in (self.lr, self.tower_lr, self.projector_lr) if rate is not None]
         sizes = (self.batch, self.max_length, self.epochs, self.clip, self.eps, self.lora_rank, self.lora_alpha)
-        fits = all(0 < rate <= _MOST_RATE for rate in rates) and all(0 < size < math.inf for size in sizes)
-        fits = fits and 0 <= self.warmup < 1 and 0 <= self.lora_dropout < 1 and 0 <= self.weight_decay <= _MOST_RATE
-        if (
-            not fits
-            or len(self.betas) != 2
-            or not all(0 <= beta < 1 for beta in self.betas)
-            or not 0 <= self.seed < 1 << 63
-        ):
+        fits = (
+            all(0 < rate <= _MOST_RATE for rate in rates),
+            all(0 < size < math.inf for size in sizes),
+            0 <= self.weight_decay <= _MOST_RATE,
+            all(0 <= share < 1 for share in (self.warmup, self.lora_dropout, *self.betas)),
+            len(self.betas) == 2,
+            0 <= self.seed < 1 << 63,
+        )
+        if not all(fits):
             raise UsageError(
                 f"recipe '{self.name}' has a number that can't be",
                 "rates, sizes and counts are above 0 and finite, weight_decay and the seed not below 0, betas two numbers below 1",

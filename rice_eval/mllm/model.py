@@ -279,10 +279,6 @@ class Mllm:
             max_length: positions of an example, images' included; what is longer is cut at its end.
         """
         taught = [self.chat.learn(e) for e in examples]
-        # A frozen language model reads what all examples begin with once, and nothing flows back through it.
-        shared = 0 if max_length is not None or self._learns() else self._shared(taught)
-        past = self._read(taught[0][0][:shared], len(examples)) if shared else None
-        taught = [(ids[shared:], labels[shared:]) for ids, labels in taught]
         images = iter(self._images_of(examples))
         rows, targets = [], []
         for (ids, labels), example in zip(taught, examples):
@@ -295,39 +291,19 @@ class Mllm:
                 for label in ([IGNORE] * next(lengths) if i == self.chat.image_id else [known])
             ]
             targets.append(torch.tensor(spread[:max_length], device=self.device))
-        self.check_room(shared + max(r.shape[0] for r in rows))
+        self.check_room(max(r.shape[0] for r in rows))
         embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         wanted = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORE)[:, 1:]
         lengths_ = torch.tensor([r.shape[0] for r in rows], device=self.device)
-        mask = (torch.arange(-shared, embeds.shape[1], device=self.device)[None] < lengths_[:, None]).long()
+        mask = (torch.arange(embeds.shape[1], device=self.device)[None] < lengths_[:, None]).long()
         # Logits of the positions that some example is taught at, and of no other: a vocabulary's width each.
         places = (wanted != IGNORE).any(0).nonzero().flatten()
         logits = self.lm.model(
-            inputs_embeds=embeds, attention_mask=mask, past_key_values=past, use_cache=False, logits_to_keep=places
+            inputs_embeds=embeds, attention_mask=mask, use_cache=False, logits_to_keep=places
         ).logits.float()
         known = wanted[:, places]
         total = nn.functional.cross_entropy(logits.flatten(0, 1), known.flatten(), ignore_index=IGNORE, reduction="sum")
         return total, int((known != IGNORE).sum())
-
-    def _learns(self) -> bool:
-        return any(p.requires_grad for p in self.lm.model.parameters())
-
-    def _shared(self, taught: Sequence[tuple[list[int], list[int]]]) -> int:
-        """How many tokens all examples begin with, before any image and anything that is taught."""
-        first = taught[0][0]
-        for n, token in enumerate(first):
-            for ids, labels in taught:
-                # The last shared token's own guess is not kept: what follows it must not be taught either.
-                if n + 1 >= len(ids) or ids[n] != token or token == self.chat.image_id or labels[n + 1] != IGNORE:
-                    return n
-        return len(first)
-
-    @torch.no_grad()
-    def _read(self, ids: Sequence[int], times: int) -> Any:
-        """Keys and values of words that come first, once for each of ``times`` examples."""
-        past = self.lm.model(inputs_embeds=self.embed(ids, [])[None], use_cache=True, logits_to_keep=1).past_key_values
-        past.batch_repeat_interleave(times)
-        return past
 
     def retuned(self, recipe: Recipe) -> None:
         """Parts were trained by ``recipe``: their fingerprints are others now, and ``facts`` says which parts."""

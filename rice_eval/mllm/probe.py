@@ -27,9 +27,6 @@ from rice_eval.probes.linear import warmup_cosine
 from rice_eval.probes.training_state import TrainingState
 
 __all__ = [
-    "MOST_PROMPT",
-    "MOST_SIDE",
-    "MOST_WIDTH",
     "PooledProjector",
     "Schedule",
     "Trained",
@@ -43,9 +40,6 @@ __all__ = [
 ]
 
 _CLIP = 1.0  # gradient norm; the customary value of LLaVA's recipes (Trainer's max_grad_norm)
-MOST_SIDE, MOST_PROMPT, MOST_WIDTH = 64, 4096, 65_536
-"""Bounds of sizes: more cells, learned embeddings or channels than any language model here could take."""
-
 _WARMUP = 0.03  # share of the steps; as LLaVA's stage 1 (arXiv 2310.03744, table 9)
 
 

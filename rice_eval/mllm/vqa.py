@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,13 +63,10 @@ class Dialogue:
     captions: tuple[Question, ...] = ()
     regions: tuple[Question, ...] = ()
 
-    def turns(self, order: Sequence[int] | None = None) -> tuple[Turn, ...]:
+    def turns(self) -> tuple[Turn, ...]:
         """User and assistant in turn; captions come last, so that no answer can be read off them."""
-        asked = [self.questions[k] for k in (order if order is not None else range(len(self.questions)))]
         out: list[Turn] = []
-        for q in asked:
-            out += [Turn("user", q.question), Turn("assistant", q.answer)]
-        for q in self.captions:
+        for q in (*self.questions, *self.captions):
             out += [Turn("user", q.question), Turn("assistant", q.answer)]
         return tuple(out)
 
@@ -123,10 +120,10 @@ def asked(dataset: Dataset) -> list[Asked]:
     ]
 
 
-def llava_entries(dataset: Dataset, captions: bool = True) -> Iterator[dict[str, Any]]:
+def llava_entries(dataset: Dataset) -> Iterator[dict[str, Any]]:
     """A split in the format of LLaVA's instruction files: ``id``, ``image``, ``conversations`` of ``human`` and ``gpt``."""
     names = {"user": "human", "assistant": "gpt"}
-    for index, dialogue in enumerate(dialogues(dataset, captions)):
+    for index, dialogue in enumerate(dialogues(dataset)):
         said = [{"from": names[turn.role], "value": turn.text} for turn in dialogue.turns()]
         said[0]["value"] = f"{IMAGE}\n{prompt_of(said[0]['value'])}"  # as in LLaVA-1.5's data
         yield {"id": dataset.image_id(index), "image": f"images/{dataset.image_id(index)}.png", "conversations": said}

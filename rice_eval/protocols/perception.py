@@ -17,6 +17,7 @@ from rice_eval.bank.source import TokenReader
 from rice_eval.datasets.base import Annotation
 from rice_eval.errors import PlanError
 from rice_eval.mllm.lm_identity import lm_identity
+from rice_eval.mllm.sizes import MOST_PROMPT, MOST_SIDE, MOST_WIDTH
 from rice_eval.probes.training_state import TrainingState
 from rice_eval.protocols.base import Context, Outcome, Protocol
 from rice_eval.views import Frame, View
@@ -30,9 +31,9 @@ __all__ = ["PerceptionProbe"]
 
 _BOUNDS = {
     "blocks": (1, 1000),
-    "side": (1, 64),
-    "hidden": (1, 65_536),
-    "prompt": (0, 4096),
+    "side": (1, MOST_SIDE),
+    "hidden": (1, MOST_WIDTH),
+    "prompt": (0, MOST_PROMPT),
     "align_epochs": (0, 100_000),
     "align_lr": (1e-12, 1e3),
     "lr": (1e-12, 1e3),

@@ -170,29 +170,6 @@ def test_the_loss_is_transformers(tmp_path):
     torch.testing.assert_close(ours.loss([example, other]), (a + b) / (n + m), atol=1e-5, rtol=0)
 
 
-def test_reading_a_common_start_once_changes_no_gradient():
-    encoder, lm = load_encoder("rgb-moments"), load_lm("tiny-random")
-    model = Mllm.build(encoder, lm, Projector.new("linear", 6, lm.width), layer=-1, tiling=Tiling.single("square=56"))
-    talk = [("What?", "A cup"), ("Where is it then?", "Left")]
-    examples = [
-        Example((Turn("system", "Short answers."), Turn("user", asked), Turn("assistant", said)), (picture(60, 60, n),))
-        for n, (asked, said) in enumerate(talk)
-    ]
-    found = []
-    for learns in (False, True):
-        lm.model.requires_grad_(learns)
-        model.projector.zero_grad()
-        loss = model.loss(examples)
-        loss.backward()
-        found.append((loss.detach(), [p.grad.clone() for p in model.projector.parameters()]))
-    taught = [model.chat.learn(e) for e in examples]
-    assert len("system Short answers.") < model._shared(taught) < len(taught[0][0])
-    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-5)
-    # Two conversations that agree up to what is taught, or that are one and the same, lose nothing of it.
-    same = [model.chat.learn(examples[0])] * 2
-    assert all(label == IGNORE for label in same[0][1][: model._shared(same) + 1])
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tiling", [Tiling.single("square=56"), Tiling.anyres(56), Tiling.single("native,pad=14")])
 def test_batches_say_what_single_requests_say(encoder, lm, kind, tiling):
